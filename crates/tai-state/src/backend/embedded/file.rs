@@ -1,0 +1,422 @@
+//! The store's file: created whole or not at all, recognised before it is trusted, and opened with
+//! the settings under which "committed" means durable.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
+
+use super::rows::{RowError, Rows, corrupt};
+use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc};
+use crate::backend::Identity;
+use crate::clock::{jitter, random_id};
+use crate::error::{Error, Result};
+
+/// While another process holds the write lock, this long; then the write is reported as not done.
+const BUSY_DEADLINE: Duration = Duration::from_secs(30);
+/// The longest single wait for another process's write lock. A group commit takes well under it.
+const BUSY_WAIT: Duration = Duration::from_millis(4);
+
+/// What stands in `meta`.
+mod meta {
+    pub(super) const STORE: &str = "store";
+    pub(super) const INCARNATION: &str = "incarnation";
+    pub(super) const FORMAT: &str = "format";
+    pub(super) const REVISION: &str = "revision";
+    pub(super) const GOVERNORS: &str = "governors";
+    pub(super) const MOVED_TO: &str = "moved_to";
+    /// A check over the texts of the schema.
+    pub(super) const TABLES: &str = "tables";
+    /// The same with the root pages, which only a VACUUM moves.
+    pub(super) const ROOTS: &str = "roots";
+}
+
+/// Finds or makes the file, and proves that it is a store of a format that is known. Returns
+/// a connection that may write, and which store it is.
+pub(crate) fn open(
+    path: &Path,
+    create: bool,
+    allow_ephemeral: bool,
+) -> Result<(Connection, Identity)> {
+    let location = path.display().to_string();
+    if !allow_ephemeral && std::env::var_os("K_SERVICE").is_some() {
+        return Err(Error::refused(
+            format!("the file {location}"),
+            "this is Cloud Run (K_SERVICE is set), where the disk is memory and is lost with the \
+             instance; use a firestore:// URL, or allow an ephemeral disk explicitly",
+        ));
+    }
+    match fs::metadata(path) {
+        Ok(found) => recognise(path, &location, &found)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && create => {
+            make(path, &location)?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(not_a_store(&location, "there is no such file"));
+        }
+        Err(error) => return Err(io_error(&location, &error)),
+    }
+    let conn = connect(path).map_err(|error| opening(&location, error.into()))?;
+    let identity = prove(&conn, &location).map_err(|error| match error {
+        ProofError::Rows(error) => opening(&location, error),
+        ProofError::Final(error) => error,
+    })?;
+    Ok((conn, identity))
+}
+
+/// One more connection to a file that was opened before.
+pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    // Not a URI, no creation, and never two threads on one connection.
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut conn = Connection::open_with_flags(path, flags)?;
+    let mut waited = Duration::ZERO;
+    conn.busy_handler(Some(move |before: i32| {
+        if before == 0 {
+            waited = Duration::ZERO;
+        }
+        let wait = jitter(BUSY_WAIT);
+        waited += wait;
+        // SQLite asks on the engine's own thread; another process cannot notify it.
+        #[allow(clippy::disallowed_methods)]
+        std::thread::sleep(wait);
+        waited < BUSY_DEADLINE
+    }))?;
+    for (pragma, value) in [
+        // A commit returns only after the log is synced.
+        ("synchronous", "FULL"),
+        ("fullfsync", "ON"),
+        ("checkpoint_fullfsync", "ON"),
+        // Checkpoints are the writer's own, so that a failed sync is noticed.
+        ("wal_autocheckpoint", "0"),
+        ("journal_size_limit", "67108864"),
+        ("cell_size_check", "ON"),
+        ("trusted_schema", "OFF"),
+        ("temp_store", "MEMORY"),
+        ("cache_size", "-4096"),
+    ] {
+        conn.pragma_update(None, pragma, value)?;
+    }
+    conn.set_prepared_statement_cache_capacity(64);
+    Ok(conn)
+}
+
+/// Looks at the header before SQLite does: what is refused here is refused with its reason, and is
+/// not touched.
+fn recognise(path: &Path, location: &str, found: &fs::Metadata) -> Result<()> {
+    if found.is_dir() {
+        return Err(not_a_store(location, "it is a directory"));
+    }
+    if !found.is_file() {
+        return Err(not_a_store(location, "it is not a regular file"));
+    }
+    if found.len() == 0 {
+        return Err(not_a_store(location, "it is empty"));
+    }
+    // Opening for writing now tells a read-only file from one that fails later.
+    let file = File::options().read(true).write(true).open(path);
+    let mut header = Vec::with_capacity(100);
+    file.and_then(|file| file.take(100).read_to_end(&mut header))
+        .map_err(|error| io_error(location, &error))?;
+    let at = |range: std::ops::Range<usize>| header.get(range).unwrap_or_default();
+    let is_sqlite = at(0..16) == b"SQLite format 3\0";
+    let is_ours = at(68..72) == APPLICATION_ID.to_be_bytes();
+    match (is_sqlite, is_ours) {
+        (true, true) => {}
+        (false, true) => return Err(damaged(location, "its header does not begin as it must")),
+        (true, false) if header.len() == 100 && !holds_our_tables(path) => {
+            return Err(not_a_store(location, "it is an SQLite file of another program"));
+        }
+        (true, false) => return Err(damaged(location, "its header does not name tai-state")),
+        (false, false) if header.iter().all(|byte| *byte == 0) => {
+            return Err(damaged(location, "its header is zeros"));
+        }
+        (false, false) => return Err(not_a_store(location, "it does not begin like one")),
+    }
+    let format = at(60..64).iter().fold(0u64, |sum, byte| (sum << 8) | u64::from(*byte));
+    if format > FORMAT as u64 {
+        // A newer format says so in its own table too; else it is a flipped bit.
+        return Err(match format_in_table(path) {
+            Some(noted) if noted == FORMAT as u64 => {
+                damaged(location, "its header and its tables name different formats")
+            }
+            _ => Error::NewerFormat {
+                location: location.to_owned(),
+                found: format,
+                supported: FORMAT as u64,
+            },
+        });
+    }
+    // What never changes in a store's header: page size, journal mode, fractions, schema format,
+    // text encoding.
+    let journal = matches!(at(18..20), [1, 1] | [2, 2]);
+    let fixed = at(16..18) == [0x10, 0x00]
+        && at(20..24) == [0, 64, 32, 32]
+        && at(44..48) == 4u32.to_be_bytes()
+        && at(56..60) == 1u32.to_be_bytes()
+        && at(64..68) == 1u32.to_be_bytes();
+    if format != FORMAT as u64 || !journal || !fixed {
+        return Err(damaged(location, "its header does not say what the header of a store says"));
+    }
+    Ok(())
+}
+
+/// Whether an SQLite file whose header lost its name is a store all the same. Read only.
+fn holds_our_tables(path: &Path) -> bool {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let tables = Connection::open_with_flags(path, flags).and_then(|conn| {
+        conn.query_row(
+            "SELECT count(*) FROM sqlite_schema WHERE name IN ('meta', 'governor', 'state', 'event')",
+            [],
+            |row| row.get::<_, i64>(0),
+        )
+    });
+    // What cannot be read at all may well have been a store.
+    tables.map_or(true, |tables| tables == 4)
+}
+
+fn format_in_table(path: &Path) -> Option<u64> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let conn = Connection::open_with_flags(path, flags).ok()?;
+    number(&conn, meta::FORMAT).ok()
+}
+
+/// Makes the file under another name and links it to its own only when it is complete and synced,
+/// so that a power cut leaves no half of it, and of two processes that make it only one does.
+fn make(path: &Path, location: &str) -> Result<()> {
+    if sidecar(path, "-wal").exists() {
+        return Err(not_a_store(
+            location,
+            "there is no such file, but its write-ahead log (-wal) is there: bring the file back, or \
+             move the log away",
+        ));
+    }
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let failed = |error: io::Error| io_error(location, &error);
+    let temporary = tempfile::Builder::new()
+        .prefix(".tai-state-")
+        .suffix(".new")
+        .tempfile_in(parent)
+        .map_err(failed)?
+        .into_temp_path();
+    build(&temporary).map_err(|error| opening(location, error))?;
+    File::open(&temporary).and_then(|file| file.sync_all()).map_err(failed)?;
+    match temporary.persist_noclobber(path) {
+        Ok(()) => {}
+        // Another process was faster: its file is as good.
+        Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(io_error(location, &error.error)),
+    }
+    File::open(parent).and_then(|directory| directory.sync_all()).map_err(failed)
+}
+
+fn build(path: &Path) -> Rows<()> {
+    let conn = Connection::open(path)?;
+    conn.pragma_update(None, "page_size", 4096)?;
+    // Before the first table, or it has no effect.
+    conn.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+    conn.pragma_update(None, "application_id", APPLICATION_ID)?;
+    conn.pragma_update(None, "user_version", FORMAT)?;
+    conn.pragma_update(None, "synchronous", "FULL")?;
+    conn.execute_batch(SCHEMA)?;
+    let (tables, roots) = schema_checks(&conn)?;
+    for (name, value) in [
+        (meta::STORE, random_id().to_string()),
+        (meta::INCARNATION, "1".to_owned()),
+        (meta::FORMAT, FORMAT.to_string()),
+        (meta::REVISION, "0".to_owned()),
+        (meta::GOVERNORS, "0".to_owned()),
+        (meta::TABLES, tables.to_string()),
+        (meta::ROOTS, roots.to_string()),
+    ] {
+        conn.execute(
+            "INSERT INTO meta (name, value, crc) VALUES (?1, ?2, ?3)",
+            params![name, value, row_crc(&[&name, &value])],
+        )?;
+    }
+    let mode: String =
+        conn.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
+    if mode != "wal" {
+        return Err(corrupt("a new file", format!("journal mode {mode} instead of wal")));
+    }
+    conn.close().map_err(|(_, error)| error.into())
+}
+
+enum ProofError {
+    Rows(RowError),
+    Final(Error),
+}
+
+impl<E: Into<RowError>> From<E> for ProofError {
+    fn from(error: E) -> Self {
+        Self::Rows(error.into())
+    }
+}
+
+/// Proves that the settings are in force and the tables are the ones that were made.
+fn prove(conn: &Connection, location: &str) -> Result<Identity, ProofError> {
+    let mode: String =
+        conn.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
+    let synchronous: i64 = conn.pragma_query_value(None, "synchronous", |row| row.get(0))?;
+    if mode != "wal" || synchronous != 2 {
+        let reason =
+            format!("journal mode {mode}, synchronous {synchronous}: commits would not be durable");
+        return Err(ProofError::Final(Error::Storage { location: location.to_owned(), reason }));
+    }
+    let (tables, roots) = schema_checks(conn)?;
+    if number(conn, meta::TABLES)? != u64::from(tables) {
+        return Err(damaged_tables("they are not the ones that were made"));
+    }
+    if number(conn, meta::ROOTS)? != u64::from(roots) {
+        // Somebody ran VACUUM, or a root was damaged: only reading everything tells.
+        if !integrity(conn)?.is_empty() {
+            return Err(damaged_tables("their root pages are not where they were"));
+        }
+        set(conn, meta::ROOTS, &roots.to_string())?;
+    }
+    let format = number(conn, meta::FORMAT)?;
+    if format > FORMAT as u64 {
+        let supported = FORMAT as u64;
+        let location = location.to_owned();
+        return Err(ProofError::Final(Error::NewerFormat { location, found: format, supported }));
+    }
+    let store = text(conn, meta::STORE)?.unwrap_or_default();
+    let incarnation = number(conn, meta::INCARNATION)?;
+    // Short, since it stands in every clock, and never used twice: a copy is a new incarnation.
+    let short: String = store.chars().filter(char::is_ascii_hexdigit).take(12).collect();
+    let node = format!("{short}.{incarnation}");
+    Ok(Identity { store, incarnation, node })
+}
+
+fn damaged_tables(reason: &str) -> ProofError {
+    ProofError::Rows(corrupt("the tables of the file", reason))
+}
+
+/// Checks over the schema's texts, and over the texts with their root pages.
+fn schema_checks(conn: &Connection) -> Rows<(u32, u32)> {
+    let mut statement = conn.prepare(
+        "SELECT type, name, tbl_name, rootpage, coalesce(sql, '') FROM sqlite_schema ORDER BY name",
+    )?;
+    let mut rows = statement.query([])?;
+    let (mut texts, mut roots) = (String::new(), String::new());
+    while let Some(row) = rows.next()? {
+        let (kind, name, table): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
+        let (root, sql): (i64, String) = (row.get(3)?, row.get(4)?);
+        let line = format!("{kind}\0{name}\0{table}\0{sql}\0");
+        texts.push_str(&line);
+        roots.push_str(&format!("{line}{root}\0"));
+    }
+    Ok((row_crc(&[&texts]), row_crc(&[&roots])))
+}
+
+/// What SQLite finds when it reads its whole structure.
+pub(crate) fn integrity(conn: &Connection) -> Rows<Vec<String>> {
+    let mut statement = conn.prepare("PRAGMA integrity_check(20)")?;
+    let found: Vec<String> =
+        statement.query_map([], |row| row.get(0))?.collect::<Result<_, _>>()?;
+    Ok(found.into_iter().filter(|line| line != "ok").collect())
+}
+
+fn text(conn: &Connection, name: &str) -> Rows<Option<String>> {
+    let mut statement = conn.prepare_cached("SELECT value, crc FROM meta WHERE name = ?1")?;
+    let found = statement
+        .query_row([name], |row| Ok((row.get::<_, String>(0)?, row.get::<_, u32>(1)?)))
+        .optional()?;
+    match found {
+        Some((value, crc)) if crc != row_crc(&[&name, &value]) => {
+            Err(corrupt(format!("the note {name:?} of the file"), "its check does not hold"))
+        }
+        found => Ok(found.map(|(value, _)| value)),
+    }
+}
+
+fn number(conn: &Connection, name: &str) -> Rows<u64> {
+    text(conn, name)?.and_then(|value| value.parse().ok()).ok_or_else(|| {
+        corrupt(format!("the note {name:?} of the file"), "it is missing or not a number")
+    })
+}
+
+fn set(conn: &Connection, name: &str, value: &str) -> Rows<()> {
+    let changed = conn
+        .prepare_cached("UPDATE meta SET value = ?2, crc = ?3 WHERE name = ?1")?
+        .execute(params![name, value, row_crc(&[&name, &value])])?;
+    if changed == 1 {
+        return Ok(());
+    }
+    Err(corrupt(format!("the note {name:?} of the file"), "it is missing"))
+}
+
+/// The newest revision that was given out.
+pub(crate) fn revision(conn: &Connection) -> Rows<u64> {
+    number(conn, meta::REVISION)
+}
+
+pub(crate) fn set_revision(conn: &Connection, revision: u64) -> Rows<()> {
+    set(conn, meta::REVISION, &revision.to_string())
+}
+
+/// How many governors there are.
+pub(crate) fn governors(conn: &Connection) -> Rows<u64> {
+    number(conn, meta::GOVERNORS)
+}
+
+pub(crate) fn set_governors(conn: &Connection, governors: u64) -> Rows<()> {
+    set(conn, meta::GOVERNORS, &governors.to_string())
+}
+
+/// Where the store was moved to, if it was.
+pub(crate) fn moved_to(conn: &Connection) -> Rows<Option<String>> {
+    text(conn, meta::MOVED_TO)
+}
+
+/// The path of a file that SQLite keeps beside the store.
+pub(crate) fn sidecar(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+fn not_a_store(location: &str, reason: &str) -> Error {
+    Error::NotAStore { location: location.to_owned(), reason: reason.to_owned() }
+}
+
+fn damaged(location: &str, reason: &str) -> Error {
+    Error::corrupt(format!("the file {location}"), reason)
+}
+
+fn opening(location: &str, error: RowError) -> Error {
+    crate::records::lift(super::port_error(error, location), location)
+}
+
+fn io_error(location: &str, error: &io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            Error::PermissionDenied { location: location.to_owned(), reason: error.to_string() }
+        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            Error::StorageFull { location: location.to_owned() }
+        }
+        _ => not_a_store(location, &error.to_string()),
+    }
+}
+
+/// Writes what a newer program would, for the test that it is refused.
+#[cfg(test)]
+pub(super) fn set_format(conn: &Connection, format: i32) {
+    set(conn, meta::FORMAT, &format.to_string()).ok().unwrap();
+    conn.pragma_update(None, "user_version", format).unwrap();
+}
+
+/// Marks a store as moved, for the test that it then refuses writes.
+#[cfg(test)]
+pub(super) fn set_moved_to(conn: &Connection, to: &str) {
+    conn.execute(
+        "INSERT INTO meta (name, value, crc) VALUES (?1, ?2, ?3)",
+        params![meta::MOVED_TO, to, row_crc(&[&meta::MOVED_TO, &to])],
+    )
+    .unwrap();
+}

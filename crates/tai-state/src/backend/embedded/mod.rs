@@ -1,0 +1,373 @@
+//! One file on this machine, on SQLite: write-ahead log, full sync, group commit.
+//!
+//! | file | job |
+//! |---|---|
+//! | `file.rs` | create, recognise and open the file |
+//! | `tables.rs` | its tables, and the check that every row carries |
+//! | `rows.rs` | read documents and prove them |
+//! | `writer.rs` | the one thread that writes |
+//!
+//! Several handles and several processes may use one file at the same time: SQLite's locks order
+//! their groups, and every group judges its preconditions inside its own transaction.
+
+mod file;
+mod rows;
+mod tables;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use rusqlite::{Connection, ErrorCode};
+use tokio::sync::{Semaphore, oneshot};
+
+use self::rows::{RowError, Rows};
+use super::{
+    Backend, BackendError, Committed, Document, Identity, Key, Kind, Limits, Name, Page, Read,
+    Scan, Write, refuse_doubles,
+};
+use crate::clock::{Clock, SystemClock};
+use crate::error::Result;
+
+/// Readings at the same time; more wait.
+const READERS: usize = 8;
+
+/// The embedded store in one file.
+#[derive(Debug)]
+pub struct EmbeddedBackend {
+    identity: Identity,
+    pool: Arc<Pool>,
+    /// `None` only while it is being dropped.
+    requests: Option<mpsc::Sender<writer::Request>>,
+    writer: Option<JoinHandle<()>>,
+}
+
+/// Connections for reading.
+struct Pool {
+    path: PathBuf,
+    location: String,
+    idle: Mutex<Vec<Connection>>,
+    permits: Semaphore,
+    failed: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl EmbeddedBackend {
+    /// Opens the file, and makes it when there is none and `create` is set. `allow_ephemeral_disk`
+    /// accepts a disk that is known to be memory.
+    ///
+    /// # Errors
+    /// As [`StateStore::open`](crate::StateStore::open).
+    pub async fn open(path: &Path, create: bool, allow_ephemeral_disk: bool) -> Result<Self> {
+        let path = path.to_path_buf();
+        let location = path.display().to_string();
+        let opened = tokio::task::spawn_blocking(move || {
+            Self::open_blocking(path, create, allow_ephemeral_disk)
+        });
+        match opened.await {
+            Ok(opened) => opened,
+            Err(error) => Err(crate::records::lift(cancelled(&error), &location)),
+        }
+    }
+
+    fn open_blocking(path: PathBuf, create: bool, allow_ephemeral_disk: bool) -> Result<Self> {
+        let location = path.display().to_string();
+        let (conn, identity) = file::open(&path, create, allow_ephemeral_disk)?;
+        tracing::info!(
+            location,
+            store = identity.store,
+            "opened an embedded store, sync on every commit"
+        );
+        let failed = Arc::new(AtomicBool::new(false));
+        let (requests, waiting) = mpsc::channel();
+        let of_writer = (location.clone(), Arc::clone(&failed));
+        let writer = std::thread::Builder::new()
+            .name("tai-state-writer".into())
+            .spawn(move || writer::run(conn, waiting, of_writer.0, of_writer.1))
+            .map_err(|error| crate::Error::Storage {
+                location: location.clone(),
+                reason: format!("no thread could be started: {error}"),
+            })?;
+        let pool = Pool {
+            path,
+            location,
+            idle: Mutex::default(),
+            permits: Semaphore::new(READERS),
+            failed,
+        };
+        let (requests, writer) = (Some(requests), Some(writer));
+        Ok(Self { identity, pool: Arc::new(pool), requests, writer })
+    }
+}
+
+impl Drop for EmbeddedBackend {
+    /// Waits for the writer, so that after the drop the file is closed and whole in itself.
+    fn drop(&mut self) {
+        drop(self.requests.take());
+        self.pool.close();
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
+    }
+}
+
+impl Pool {
+    fn take(&self) -> Rows<Connection> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        match idle {
+            Some(conn) => Ok(conn),
+            None => {
+                let conn = file::connect(&self.path)?;
+                conn.pragma_update(None, "query_only", "ON")?;
+                Ok(conn)
+            }
+        }
+    }
+
+    fn give_back(&self, conn: Connection) {
+        // One that is still inside a transaction is not fit for reuse.
+        if conn.is_autocommit() {
+            self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(conn);
+        } else {
+            self.discard(&conn);
+        }
+    }
+
+    fn discard(&self, conn: &Connection) {
+        if self.failed.load(Ordering::Acquire) {
+            writer::keep_log(conn);
+        }
+    }
+
+    fn close(&self) {
+        let idle = std::mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        idle.iter().for_each(|conn| self.discard(conn));
+    }
+
+    /// Runs a reading on a connection of the pool, in one read transaction, off the async threads.
+    async fn read<T: Send + 'static>(
+        self: &Arc<Self>,
+        reading: impl FnOnce(&Connection) -> Rows<T> + Send + 'static,
+    ) -> Result<T, BackendError> {
+        let permit = self.permits.acquire().await;
+        let pool = Arc::clone(self);
+        let read = tokio::task::spawn_blocking(move || {
+            let conn = pool.take()?;
+            conn.prepare_cached("BEGIN")?.execute([])?;
+            let outcome = reading(&conn);
+            let ended = conn.prepare_cached("COMMIT").and_then(|mut end| end.execute([]));
+            if ended.is_ok() {
+                pool.give_back(conn);
+            } else {
+                pool.discard(&conn);
+            }
+            outcome
+        });
+        let outcome = read.await;
+        drop(permit);
+        self.answer(outcome)
+    }
+
+    fn answer<T>(
+        &self,
+        outcome: Result<Rows<T>, tokio::task::JoinError>,
+    ) -> Result<T, BackendError> {
+        match outcome {
+            Ok(outcome) => outcome.map_err(|error| port_error(error, &self.location)),
+            Err(error) => Err(cancelled(&error)),
+        }
+    }
+}
+
+fn cancelled(error: &tokio::task::JoinError) -> BackendError {
+    BackendError::Unavailable(format!("the runtime is shutting down: {error}"))
+}
+
+/// What an SQLite error means to the room above.
+fn port_error(error: RowError, location: &str) -> BackendError {
+    let error = match error {
+        RowError::Port(error) => return error,
+        RowError::Sqlite(error) => error,
+    };
+    let corrupt =
+        |reason: String| BackendError::Corrupt { location: format!("the file {location}"), reason };
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => BackendError::Full,
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            BackendError::Unavailable("another process has held the file for too long".into())
+        }
+        Some(
+            ErrorCode::PermissionDenied
+            | ErrorCode::ReadOnly
+            | ErrorCode::CannotOpen
+            | ErrorCode::AuthorizationForStatementDenied,
+        ) => BackendError::Denied(error.to_string()),
+        Some(ErrorCode::TooBig) => {
+            BackendError::TooLarge { what: "a document".into(), size: 0, limit: 1_000_000_000 }
+        }
+        Some(
+            ErrorCode::SystemIoFailure | ErrorCode::OutOfMemory | ErrorCode::OperationInterrupted,
+        ) => BackendError::Unavailable(error.to_string()),
+        // The statements are fixed: if one does not fit the tables, or a column does not hold what
+        // it must, then the file is not as it was made.
+        _ => corrupt(error.to_string()),
+    }
+}
+
+#[async_trait]
+impl Read for EmbeddedBackend {
+    async fn get(&self, keys: &[Key]) -> Result<Vec<Option<Document>>, BackendError> {
+        let keys = keys.to_vec();
+        self.pool.read(move |conn| keys.iter().map(|key| rows::get(conn, key)).collect()).await
+    }
+
+    async fn scan(&self, scan: &Scan) -> Result<Page, BackendError> {
+        let scan = scan.clone();
+        self.pool.read(move |conn| rows::scan(conn, &scan)).await
+    }
+
+    async fn governors(
+        &self,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        let after = after.cloned();
+        self.pool.read(move |conn| rows::governors(conn, after.as_ref(), limit)).await
+    }
+
+    async fn count(&self, governor: Option<&Name>, kind: Kind) -> Result<u64, BackendError> {
+        let governor = governor.cloned();
+        self.pool.read(move |conn| rows::count(conn, governor.as_ref(), kind)).await
+    }
+}
+
+#[async_trait]
+impl Backend for EmbeddedBackend {
+    async fn commit(&self, writes: Vec<Write>) -> Result<Committed, BackendError> {
+        refuse_doubles(&writes)?;
+        if let Some(write) = writes.iter().find(|write| write.key.version > i64::MAX as u64) {
+            return Err(BackendError::Invalid(format!("{}: the version is too large", write.key)));
+        }
+        let (answer, answered) = oneshot::channel();
+        let gone = || BackendError::Failed("the writer's thread has ended".into());
+        let requests = self.requests.as_ref().ok_or_else(gone)?;
+        requests.send(writer::Request { writes, answer }).map_err(|_| gone())?;
+        answered
+            .await
+            .map_err(|_| BackendError::Indeterminate("the writer's thread ended".into()))?
+    }
+
+    async fn view(&self) -> Result<Box<dyn Read>, BackendError> {
+        let pool = Arc::clone(&self.pool);
+        let begun = tokio::task::spawn_blocking(move || {
+            let conn = pool.take()?;
+            // The cut is taken by the first reading inside the transaction.
+            conn.execute_batch("BEGIN")?;
+            conn.prepare_cached("SELECT count(*) FROM meta")?.query_row([], |_| Ok(()))?;
+            Ok(conn)
+        });
+        let conn = self.pool.answer(begun.await)?;
+        Ok(Box::new(FileView {
+            pool: Arc::clone(&self.pool),
+            conn: Arc::new(Mutex::new(Some(conn))),
+        }))
+    }
+
+    async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
+        Ok(SystemClock.now())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { commit_bytes: 9 << 20, commit_writes: 500, reads_are_cheap: true }
+    }
+
+    fn identity(&self) -> Identity {
+        self.identity.clone()
+    }
+
+    fn location(&self) -> String {
+        self.pool.location.clone()
+    }
+
+    async fn check_structure(&self) -> Result<Vec<String>, BackendError> {
+        self.pool.read(file::integrity).await
+    }
+}
+
+/// A read transaction that stays open.
+#[derive(Debug)]
+struct FileView {
+    pool: Arc<Pool>,
+    conn: Arc<Mutex<Option<Connection>>>,
+}
+
+impl FileView {
+    async fn read<T: Send + 'static>(
+        &self,
+        reading: impl FnOnce(&Connection) -> Rows<T> + Send + 'static,
+    ) -> Result<T, BackendError> {
+        let conn = Arc::clone(&self.conn);
+        let read = tokio::task::spawn_blocking(move || {
+            let guard = conn.lock().unwrap_or_else(PoisonError::into_inner);
+            match guard.as_ref() {
+                Some(conn) => reading(conn),
+                None => Err(BackendError::Invalid("the view has ended".into()).into()),
+            }
+        });
+        self.pool.answer(read.await)
+    }
+}
+
+impl Drop for FileView {
+    fn drop(&mut self) {
+        // A reading that is still under way keeps the connection; it is closed when that ends.
+        let conn = match self.conn.try_lock() {
+            Ok(mut guard) => guard.take(),
+            Err(_) => None,
+        };
+        if let Some(conn) = conn
+            && conn.execute_batch("ROLLBACK").is_ok()
+        {
+            self.pool.give_back(conn);
+        }
+    }
+}
+
+#[async_trait]
+impl Read for FileView {
+    async fn get(&self, keys: &[Key]) -> Result<Vec<Option<Document>>, BackendError> {
+        let keys = keys.to_vec();
+        self.read(move |conn| keys.iter().map(|key| rows::get(conn, key)).collect()).await
+    }
+
+    async fn scan(&self, scan: &Scan) -> Result<Page, BackendError> {
+        let scan = scan.clone();
+        self.read(move |conn| rows::scan(conn, &scan)).await
+    }
+
+    async fn governors(
+        &self,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        let after = after.cloned();
+        self.read(move |conn| rows::governors(conn, after.as_ref(), limit)).await
+    }
+
+    async fn count(&self, governor: Option<&Name>, kind: Kind) -> Result<u64, BackendError> {
+        let governor = governor.cloned();
+        self.read(move |conn| rows::count(conn, governor.as_ref(), kind)).await
+    }
+}

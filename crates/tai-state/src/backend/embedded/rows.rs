@@ -1,0 +1,333 @@
+//! Reads documents out of the tables, and proves each against its row's check.
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::tables::{Statements, Unsigned, document_crc, key_hash, row_crc, statements};
+use crate::backend::{
+    BackendError, Body, Document, Key, Kind, Name, Page, Range, Revision, Scan, refuse_misfit,
+};
+
+/// What reading meets.
+pub(crate) enum RowError {
+    Sqlite(rusqlite::Error),
+    Port(BackendError),
+}
+
+impl From<rusqlite::Error> for RowError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+impl From<BackendError> for RowError {
+    fn from(error: BackendError) -> Self {
+        Self::Port(error)
+    }
+}
+
+pub(crate) type Rows<T> = Result<T, RowError>;
+
+pub(crate) fn corrupt(location: impl ToString, reason: impl Into<String>) -> RowError {
+    let (location, reason) = (location.to_string(), reason.into());
+    RowError::Port(BackendError::Corrupt { location, reason })
+}
+
+/// A page of a scan ends when its bodies reach this many bytes.
+const PAGE_BYTES: usize = 4 << 20;
+
+/// A governor's row.
+pub(crate) struct Governor {
+    pub(crate) id: i64,
+    /// Rows of `state` with this governor, those of deleted documents included.
+    pub(crate) states: u64,
+}
+
+/// A row that was found: its id, and its document unless that was deleted.
+pub(crate) struct Row {
+    pub(crate) id: i64,
+    pub(crate) document: Option<Document>,
+}
+
+pub(crate) fn governor(conn: &Connection, name: &Name) -> Rows<Option<Governor>> {
+    let mut statement =
+        conn.prepare_cached("SELECT id, states, crc FROM governor WHERE name = ?1")?;
+    let found = statement
+        .query_row([name.as_str()], |row| {
+            Ok((row.get::<_, i64>(0)?, row.get::<_, Unsigned>(1)?.0, row.get::<_, u32>(2)?))
+        })
+        .optional()?;
+    let Some((id, states, crc)) = found else { return Ok(None) };
+    if crc != governor_crc(id, name, states) {
+        return Err(corrupt(format!("the row of governor {name}"), "its check does not hold"));
+    }
+    Ok(Some(Governor { id, states }))
+}
+
+pub(crate) fn governor_crc(id: i64, name: &Name, states: u64) -> u32 {
+    row_crc(&[&id, name, &states])
+}
+
+/// The row of an unversioned document. What the unique index does not find is looked for by hash
+/// before it is called absent.
+pub(crate) fn named_row(conn: &Connection, key: &Key) -> Rows<Option<Row>> {
+    let sql = statements(key.kind);
+    if let Some(governor) = governor(conn, &key.governor)? {
+        let found = conn
+            .prepare_cached(sql.get)?
+            .query_row(params![governor.id, key.name.as_str()], columns)
+            .optional()?;
+        if let Some((id, revision, body, crc)) = found {
+            return Ok(Some(checked(key, id, revision, body, crc)?));
+        }
+    }
+    absent_by_hash(conn, sql, key)?;
+    Ok(None)
+}
+
+/// Fails when the hash index knows a row that the unique index did not find.
+fn absent_by_hash(conn: &Connection, sql: &Statements, key: &Key) -> Rows<()> {
+    let mut statement = conn.prepare_cached(sql.get_by_hash)?;
+    let mut rows = statement.query([key_hash(&key.governor, &key.name)])?;
+    while let Some(row) = rows.next()? {
+        // Another key with the same hash is allowed, if its row is in order.
+        let other = Name::from_escaped(&row.get::<_, String>(0)?)
+            .zip(Name::from_escaped(&row.get::<_, String>(1)?))
+            .map(|(governor, name)| Key { governor, name, ..key.clone() })
+            .filter(|other| other != key);
+        let Some(other) = other else {
+            return Err(corrupt(key, "one index knows it and the other does not"));
+        };
+        checked(&other, 0, row.get::<_, Unsigned>(2)?.0, row.get(3)?, row.get(4)?)?;
+    }
+    Ok(())
+}
+
+/// The row of a versioned document. `state` is the id of the row of its state.
+pub(crate) fn versioned_row(conn: &Connection, state: i64, key: &Key) -> Rows<Option<Row>> {
+    // Beyond what a column can hold there is nothing.
+    let Ok(version) = i64::try_from(key.version) else { return Ok(None) };
+    let found = conn
+        .prepare_cached(statements(key.kind).get)?
+        .query_row(params![state, version], columns)
+        .optional()?;
+    found.map(|(id, revision, body, crc)| checked(key, id, revision, body, crc)).transpose()
+}
+
+/// The row of the state that a versioned document belongs to.
+pub(crate) fn state_of(conn: &Connection, key: &Key) -> Rows<Option<i64>> {
+    let state = Key { kind: Kind::States, version: 0, ..key.clone() };
+    Ok(named_row(conn, &state)?.map(|row| row.id))
+}
+
+type Columns = (i64, u64, Option<String>, u32);
+
+fn columns(row: &rusqlite::Row<'_>) -> rusqlite::Result<Columns> {
+    Ok((row.get(0)?, row.get::<_, Unsigned>(1)?.0, row.get(2)?, row.get(3)?))
+}
+
+fn checked(key: &Key, id: i64, revision: u64, body: Option<String>, crc: u32) -> Rows<Row> {
+    let revision = Revision::new(revision);
+    if crc != document_crc(key, revision, body.as_deref()) {
+        return Err(corrupt(key, "the check of its row does not hold"));
+    }
+    let document =
+        body.map(|body| Document { key: key.clone(), body: Body::from_text(body), revision });
+    Ok(Row { id, document })
+}
+
+pub(crate) fn get(conn: &Connection, key: &Key) -> Rows<Option<Document>> {
+    let row = if key.kind.is_versioned() {
+        match state_of(conn, key)? {
+            Some(state) => versioned_row(conn, state, key)?,
+            None => None,
+        }
+    } else {
+        named_row(conn, key)?
+    };
+    Ok(row.and_then(|row| row.document))
+}
+
+pub(crate) fn scan(conn: &Connection, scan: &Scan) -> Rows<Page> {
+    refuse_misfit(scan)?;
+    match &scan.range {
+        Range::Names { after } => scan_names(conn, scan, after.as_ref()),
+        Range::Versions { name, from, to } => scan_versions(conn, scan, name, *from, *to),
+    }
+}
+
+/// Gathers one page, and notes whether it was cut short.
+struct Gather<'a> {
+    scan: &'a Scan,
+    documents: Vec<Document>,
+    bytes: usize,
+}
+
+impl Gather<'_> {
+    fn is_full(&self) -> bool {
+        self.documents.len() >= self.scan.limit || self.bytes >= PAGE_BYTES
+    }
+
+    fn push(&mut self, document: Document) {
+        self.bytes += document.body.as_text().len();
+        self.documents.push(document);
+    }
+
+    fn page(self, more: bool) -> Page {
+        let next = if more { self.scan.after(&self.documents) } else { None };
+        Page { documents: self.documents, next }
+    }
+}
+
+fn scan_names(conn: &Connection, scan: &Scan, after: Option<&Name>) -> Rows<Page> {
+    let mut gather = Gather { scan, documents: Vec::new(), bytes: 0 };
+    let Some(governor) = governor(conn, &scan.governor)? else {
+        // The row of a state in this governor would be found by its hash; a listing has no hash to
+        // look for. The governors themselves are counted.
+        check_governors(conn)?;
+        return Ok(gather.page(false));
+    };
+    let mut statement = conn.prepare_cached(statements(scan.kind).scan)?;
+    let mut rows =
+        statement.query(params![governor.id, after.map(Name::as_str).unwrap_or_default()])?;
+    let mut last = after.map(|name| name.as_str().to_owned()).unwrap_or_default();
+    let mut is_first = true;
+    while let Some(row) = rows.next()? {
+        if gather.is_full() {
+            return Ok(gather.page(true));
+        }
+        let name: String = row.get(0)?;
+        let is_cursor = std::mem::take(&mut is_first) && after.is_some();
+        if is_cursor && name == last {
+            continue;
+        }
+        if name <= last {
+            return Err(corrupt(list(scan), format!("its index is out of order at {name:?}")));
+        }
+        if let Some(after) = after.filter(|_| is_cursor) {
+            refuse_lost_cursor(conn, scan, after)?;
+        }
+        let found = Name::from_escaped(&name)
+            .ok_or_else(|| corrupt(list(scan), format!("{name:?} is not an escaped id")))?;
+        let key = Key { governor: scan.governor.clone(), kind: scan.kind, name: found, version: 0 };
+        let row = checked(&key, 0, row.get::<_, Unsigned>(1)?.0, row.get(2)?, row.get(3)?)?;
+        if let Some(document) = row.document {
+            gather.push(document);
+        }
+        last = name;
+    }
+    if is_first && let Some(after) = after {
+        refuse_lost_cursor(conn, scan, after)?;
+    }
+    drop(rows);
+    if scan.kind == Kind::States {
+        let counted: u64 = conn
+            .prepare_cached("SELECT count(*) FROM state WHERE governor = ?1 AND name > ''")?
+            .query_row([governor.id], |row| row.get::<_, Unsigned>(0))?
+            .0;
+        if counted != governor.states {
+            let reason = format!("{counted} are in its index, {} were counted", governor.states);
+            return Err(corrupt(list(scan), reason));
+        }
+    }
+    Ok(gather.page(false))
+}
+
+/// A scan that continues after a row starts at that row. If it did not meet it, then the row must
+/// not exist: else the index led to the wrong place, and rows may have been passed over.
+fn refuse_lost_cursor(conn: &Connection, scan: &Scan, after: &Name) -> Rows<()> {
+    let key =
+        Key { governor: scan.governor.clone(), kind: scan.kind, name: after.clone(), version: 0 };
+    match named_row(conn, &key)? {
+        None => Ok(()),
+        Some(_) => Err(corrupt(list(scan), format!("its index does not lead to {after}"))),
+    }
+}
+
+fn list(scan: &Scan) -> String {
+    format!("the list of {} in {}", scan.kind.as_str(), scan.governor)
+}
+
+fn scan_versions(conn: &Connection, scan: &Scan, name: &Name, from: u64, to: u64) -> Rows<Page> {
+    let mut gather = Gather { scan, documents: Vec::new(), bytes: 0 };
+    let key =
+        Key { governor: scan.governor.clone(), kind: scan.kind, name: name.clone(), version: 0 };
+    let most = i64::MAX as u64;
+    let Some(state) = state_of(conn, &key)?.filter(|_| from <= to && from <= most) else {
+        return Ok(gather.page(false));
+    };
+    let mut statement = conn.prepare_cached(statements(scan.kind).scan)?;
+    let mut rows = statement.query(params![state, Unsigned(from), Unsigned(to.min(most))])?;
+    while let Some(row) = rows.next()? {
+        if gather.is_full() {
+            return Ok(gather.page(true));
+        }
+        let key = Key { version: row.get::<_, Unsigned>(0)?.0, ..key.clone() };
+        let row = checked(&key, 0, row.get::<_, Unsigned>(1)?.0, row.get(2)?, row.get(3)?)?;
+        if let Some(document) = row.document {
+            let follows = gather.documents.last().is_none_or(|last| last.key.version < key.version);
+            if !follows || key.version < from {
+                return Err(corrupt(&key, "its index is out of order"));
+            }
+            gather.push(document);
+        }
+    }
+    drop(rows);
+    Ok(gather.page(false))
+}
+
+/// Governors are never removed, so their ids run without a gap.
+fn check_governors(conn: &Connection) -> Rows<()> {
+    let (by_name, newest): (u64, u64) = conn
+        .prepare_cached(
+            "SELECT (SELECT count(*) FROM governor WHERE name > ''), \
+             (SELECT coalesce(max(id), 0) FROM governor)",
+        )?
+        .query_row([], |row| Ok((row.get::<_, Unsigned>(0)?.0, row.get::<_, Unsigned>(1)?.0)))?;
+    let noted = super::file::governors(conn)?;
+    if by_name == newest && newest == noted {
+        return Ok(());
+    }
+    Err(corrupt(
+        "the list of governors",
+        format!("{by_name} are in its index, {newest} in its table, {noted} were counted"),
+    ))
+}
+
+pub(crate) fn governors(conn: &Connection, after: Option<&Name>, limit: usize) -> Rows<Vec<Name>> {
+    check_governors(conn)?;
+    let mut statement = conn.prepare_cached(
+        "SELECT id, name, states, crc FROM governor WHERE name > ?1 ORDER BY name LIMIT ?2",
+    )?;
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let mut rows = statement.query(params![after.map(Name::as_str).unwrap_or_default(), limit])?;
+    let mut names = Vec::new();
+    while let Some(row) = rows.next()? {
+        let name: String = row.get(1)?;
+        let found = Name::from_escaped(&name)
+            .filter(|found| names.last().or(after).is_none_or(|last| last < found));
+        let Some(found) = found else {
+            return Err(corrupt("the list of governors", format!("{name:?} is out of place")));
+        };
+        let crc = governor_crc(row.get(0)?, &found, row.get::<_, Unsigned>(2)?.0);
+        if crc != row.get::<_, u32>(3)? {
+            return Err(corrupt(format!("the row of governor {name}"), "its check does not hold"));
+        }
+        names.push(found);
+    }
+    Ok(names)
+}
+
+pub(crate) fn count(conn: &Connection, of: Option<&Name>, kind: Kind) -> Rows<u64> {
+    let sql = statements(kind);
+    let one = |row: &rusqlite::Row<'_>| row.get::<_, Unsigned>(0);
+    let counted = match of {
+        None => conn.prepare_cached(sql.count)?.query_row([], one)?,
+        Some(name) => match governor(conn, name)? {
+            Some(governor) => {
+                conn.prepare_cached(sql.count_of_governor)?.query_row([governor.id], one)?
+            }
+            None => Unsigned(0),
+        },
+    };
+    Ok(counted.0)
+}

@@ -1,0 +1,126 @@
+//! Time and randomness: the only file that asks the machine for either.
+//!
+//! Wall time is a payload of a change, never an order: order is the version. Everything that needs
+//! the time takes a [`Clock`], so that a test can stop it, set it back or let it jump.
+
+// The one place that the ban in clippy.toml points to.
+#![allow(clippy::disallowed_methods)]
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, SubsecRound, TimeDelta, Utc};
+use uuid::Uuid;
+
+/// Where the time of a change comes from.
+pub trait Clock: Send + Sync + fmt::Debug + 'static {
+    /// The wall time now.
+    fn now(&self) -> DateTime<Utc>;
+}
+
+/// The machine's clock.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> DateTime<Utc> {
+        Utc::now()
+    }
+}
+
+/// A clock that moves when it is told to. Clones share the time.
+///
+/// ```
+/// use chrono::{TimeDelta, Utc, TimeZone};
+/// use tai_state::{Clock, ManualClock};
+///
+/// let clock = ManualClock::at(Utc.with_ymd_and_hms(2026, 1, 1, 15, 0, 0).unwrap());
+/// clock.advance(TimeDelta::hours(-1));
+/// assert_eq!(clock.now(), Utc.with_ymd_and_hms(2026, 1, 1, 14, 0, 0).unwrap());
+/// ```
+#[derive(Debug, Clone)]
+pub struct ManualClock(Arc<Mutex<DateTime<Utc>>>);
+
+impl ManualClock {
+    /// A clock that stands at `time`.
+    #[must_use]
+    pub fn at(time: DateTime<Utc>) -> Self {
+        Self(Arc::new(Mutex::new(time)))
+    }
+
+    /// Sets the time, backwards too.
+    pub fn set(&self, time: DateTime<Utc>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = time;
+    }
+
+    /// Moves the time by `by`, which may be negative. A move out of the calendar does nothing.
+    pub fn advance(&self, by: TimeDelta) {
+        let mut time = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(moved) = time.checked_add_signed(by) {
+            *time = moved;
+        }
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> DateTime<Utc> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The time in whole microseconds, which is what both backends keep.
+pub(crate) fn to_micros(time: DateTime<Utc>) -> DateTime<Utc> {
+    time.trunc_subsecs(6)
+}
+
+/// The identity of a change, chosen once before it is first sent: a UUIDv7.
+pub(crate) fn new_event_id() -> Uuid {
+    Uuid::now_v7()
+}
+
+/// A random identity.
+#[cfg(feature = "embedded")]
+pub(crate) fn random_id() -> Uuid {
+    Uuid::new_v4()
+}
+
+/// A uniformly distributed part of `most`: full jitter.
+pub(crate) fn jitter(most: Duration) -> Duration {
+    let share = f64::from((Uuid::new_v4().as_u128() >> 96) as u32) / f64::from(u32::MAX);
+    most.mul_f64(share)
+}
+
+/// Monotonic time since it was started.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stopwatch(Instant);
+
+impl Stopwatch {
+    pub(crate) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    pub(crate) fn elapsed(self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jitter_stays_below_and_spreads() {
+        let most = Duration::from_millis(100);
+        let drawn: Vec<_> = (0..200).map(|_| jitter(most)).collect();
+        assert!(drawn.iter().all(|d| *d <= most));
+        assert!(drawn.iter().any(|d| *d < most / 3));
+        assert!(drawn.iter().any(|d| *d > most * 2 / 3));
+    }
+
+    #[test]
+    fn event_ids_rise() {
+        let ids: Vec<_> = (0..100).map(|_| new_event_id()).collect();
+        assert!(ids.windows(2).all(|pair| pair[0] < pair[1]));
+    }
+}

@@ -1,0 +1,123 @@
+//! Settings: plain values that a service may read from its own configuration.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::clock::{Clock, SystemClock};
+
+/// When snapshots are saved, how many are kept, and how states are loaded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PersistenceConfig {
+    /// A snapshot is saved with every change whose version this divides; 0 = never.
+    pub snapshot_interval: u64,
+    /// How many of the newest saved snapshots of a state are kept.
+    pub snapshot_retention: usize,
+    /// Whether loading a state replays its log from the newest saved snapshot and compares the
+    /// result with the head, or trusts the head.
+    pub auto_replay: bool,
+    /// How many events are in memory at once while replaying.
+    pub max_replay_batch_size: usize,
+}
+
+impl Default for PersistenceConfig {
+    fn default() -> Self {
+        Self {
+            snapshot_interval: 100,
+            snapshot_retention: 5,
+            auto_replay: true,
+            max_replay_batch_size: 1_000,
+        }
+    }
+}
+
+/// How conflicts and failures that surely changed nothing are tried again: exponential backoff with
+/// full jitter (a uniformly distributed part of `min(cap, base · 2ⁿ)`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetryPolicy {
+    /// How often at most, the first try included.
+    pub max_attempts: u32,
+    /// The longest wait before the second try.
+    pub base: Duration,
+    /// The longest wait before any later one.
+    pub cap: Duration,
+    /// After this long nothing is tried again.
+    pub deadline: Duration,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self {
+            max_attempts: 8,
+            base: Duration::from_millis(10),
+            cap: Duration::from_secs(1),
+            deadline: Duration::from_secs(60),
+        }
+    }
+}
+
+impl RetryPolicy {
+    /// One try, no second.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { max_attempts: 1, ..Self::default() }
+    }
+
+    /// The wait after `failed` tries, spread with full jitter.
+    #[must_use]
+    pub fn backoff(&self, failed: u32) -> Duration {
+        let factor = 2u32.saturating_pow(failed.saturating_sub(1));
+        crate::clock::jitter(self.base.saturating_mul(factor).min(self.cap))
+    }
+}
+
+/// Settings of a store's handle.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct StoreOptions {
+    /// When snapshots are saved by the store's own verbs.
+    pub persistence: PersistenceConfig,
+    /// How failures that surely changed nothing are tried again.
+    pub retry: RetryPolicy,
+    /// Where the time of a change comes from.
+    pub clock: Arc<dyn Clock>,
+    /// The node that changes are counted under in vector clocks; by default the store's own.
+    pub node: Option<String>,
+    /// Whether a file that does not exist may be created.
+    pub create: bool,
+    /// Whether a file is accepted where the disk is known to be memory (Cloud Run).
+    pub allow_ephemeral_disk: bool,
+    /// How many bytes of heads a handle may remember, so that a write in the steady state needs
+    /// no read before it.
+    pub cache_bytes: usize,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            persistence: PersistenceConfig::default(),
+            retry: RetryPolicy::default(),
+            clock: Arc::new(SystemClock),
+            node: None,
+            create: true,
+            allow_ephemeral_disk: false,
+            cache_bytes: 16 << 20,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_grows_to_the_cap() {
+        let policy = RetryPolicy::default();
+        for failed in [1, 2, 5, 20, u32::MAX] {
+            assert!(policy.backoff(failed) <= policy.cap);
+        }
+        assert!((0..50).all(|_| policy.backoff(1) <= policy.base));
+        assert!((0..50).any(|_| policy.backoff(20) > policy.base * 10));
+    }
+}

@@ -1,0 +1,399 @@
+//! JSON as this crate keeps it: one canonical text for a value, a reader that loses nothing
+//! silently, and a measure of what a value costs.
+//!
+//! **Canonical text**: no white space; the keys of an object in the order of their UTF-8 bytes;
+//! strings with the escapes that JSON demands and no others (`\"`, `\\`, `\b`, `\t`, `\n`, `\f`,
+//! `\r`, `\u00xx` in lower case for the other control characters); integers in decimal; doubles in
+//! the shortest decimal form that reads back as the same double, with `.0` where they would look
+//! like an integer. Equal values have equal texts, and different values different ones.
+
+use std::fmt;
+use std::io::{self, Write};
+
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+use crate::error::{Error, Result};
+
+/// The deepest nesting of arrays and objects that a value may have.
+pub const MAX_DEPTH: usize = 100;
+
+/// The canonical text of `value`. The nesting must have been checked before (it is, for all that
+/// went through [`measure`] or came out of the store): this writer recurses.
+#[must_use]
+pub fn canonical(value: &Value) -> String {
+    let mut text = Vec::with_capacity(128);
+    // Writing to memory does not fail, and what serde_json writes is UTF-8.
+    let _ = write_canonical(value, &mut text);
+    String::from_utf8(text).unwrap_or_default()
+}
+
+pub(crate) fn write_canonical(value: &Value, out: &mut impl Write) -> io::Result<()> {
+    match value {
+        Value::Null => out.write_all(b"null"),
+        Value::Bool(true) => out.write_all(b"true"),
+        Value::Bool(false) => out.write_all(b"false"),
+        Value::Number(number) => write!(out, "{number}"),
+        Value::String(text) => write_string(text, out),
+        Value::Array(items) => {
+            out.write_all(b"[")?;
+            for (index, item) in items.iter().enumerate() {
+                if index > 0 {
+                    out.write_all(b",")?;
+                }
+                write_canonical(item, out)?;
+            }
+            out.write_all(b"]")
+        }
+        Value::Object(fields) => {
+            // A map that keeps insertion order (a feature of serde_json that any crate in the
+            // build may switch on) must not change the text.
+            let mut sorted: Vec<_> = fields.iter().collect();
+            sorted.sort_unstable_by(|(a, _), (b, _)| a.as_bytes().cmp(b.as_bytes()));
+            out.write_all(b"{")?;
+            for (index, (key, item)) in sorted.into_iter().enumerate() {
+                if index > 0 {
+                    out.write_all(b",")?;
+                }
+                write_string(key, out)?;
+                out.write_all(b":")?;
+                write_canonical(item, out)?;
+            }
+            out.write_all(b"}")
+        }
+    }
+}
+
+pub(crate) fn write_string(text: &str, out: &mut impl Write) -> io::Result<()> {
+    serde_json::to_writer(out, text).map_err(io::Error::other)
+}
+
+/// What a value costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Measure {
+    /// Nested arrays and objects: 0 for a scalar, 1 for `[]`.
+    pub depth: usize,
+    /// Bytes of the canonical text.
+    pub text: u64,
+    /// Bytes of the value as Firestore counts its native fields
+    /// (<https://firebase.google.com/docs/firestore/storage-size>), nested maps with 32 each.
+    pub native: u64,
+}
+
+/// Measures `value` without recursion into what is too deep.
+///
+/// # Errors
+/// [`Error::InvalidState`] naming `subject` when it is nested deeper than [`MAX_DEPTH`].
+pub fn measure(value: &Value, subject: &str) -> Result<Measure> {
+    let mut deepest = 0;
+    let mut native = 0u64;
+    let mut waiting = vec![(value, 0usize)];
+    while let Some((value, depth)) = waiting.pop() {
+        let inner = depth + 1;
+        match value {
+            Value::Null | Value::Bool(_) => native += 1,
+            Value::Number(_) => native += 8,
+            Value::String(text) => native += text.len() as u64 + 1,
+            Value::Array(items) => {
+                deepest = deepest.max(inner);
+                waiting.extend(items.iter().map(|item| (item, inner)));
+            }
+            Value::Object(fields) => {
+                deepest = deepest.max(inner);
+                native += 32;
+                for (key, item) in fields {
+                    native += key.len() as u64 + 1;
+                    waiting.push((item, inner));
+                }
+            }
+        }
+        if deepest > MAX_DEPTH {
+            return Err(too_deep(subject));
+        }
+    }
+    let mut counter = Counter(0);
+    let _ = write_canonical(value, &mut counter);
+    Ok(Measure { depth: deepest, text: counter.0, native })
+}
+
+/// Refuses what is nested too deep, without recursion, and takes it apart without recursion too:
+/// even dropping or cloning such a value could overflow a thread's stack.
+pub(crate) fn refuse_deep<'a>(
+    values: impl IntoIterator<Item = &'a mut Value>,
+    subject: &str,
+) -> Result<()> {
+    let mut refused = Ok(());
+    for value in values {
+        if depth_exceeds(value, MAX_DEPTH) {
+            dismantle(value.take());
+            refused = Err(too_deep(subject));
+        }
+    }
+    refused
+}
+
+/// Whether arrays and objects are nested deeper than `most`.
+pub(crate) fn depth_exceeds(value: &Value, most: usize) -> bool {
+    let mut waiting = vec![(value, 0usize)];
+    while let Some((value, depth)) = waiting.pop() {
+        let inner = depth + 1;
+        match value {
+            Value::Array(_) | Value::Object(_) if inner > most => return true,
+            Value::Array(items) => waiting.extend(items.iter().map(|item| (item, inner))),
+            Value::Object(fields) => waiting.extend(fields.values().map(|item| (item, inner))),
+            _ => {}
+        }
+    }
+    false
+}
+
+pub(crate) fn too_deep(subject: &str) -> Error {
+    Error::refused(subject, format!("it is nested deeper than {MAX_DEPTH} levels"))
+}
+
+fn dismantle(value: Value) {
+    let mut waiting = vec![value];
+    while let Some(value) = waiting.pop() {
+        match value {
+            Value::Array(items) => waiting.extend(items),
+            Value::Object(fields) => waiting.extend(fields.into_iter().map(|(_, item)| item)),
+            _ => {}
+        }
+    }
+}
+
+/// Counts bytes instead of keeping them.
+struct Counter(u64);
+
+impl Write for Counter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0 += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Reads JSON text and refuses what an ordinary parser would change in silence: a key that stands
+/// twice in one object, and an integer that fits no 64-bit type. Decimals are IEEE 754 doubles, as
+/// RFC 8259 recommends; one out of range (`1e400`) is refused.
+///
+/// # Errors
+/// [`Error::SerializationError`] naming `subject`, with line and column.
+///
+/// ```
+/// use tai_state::json;
+/// assert_eq!(json::parse(r#"{"n": 18446744073709551615}"#, "input")?["n"], 18446744073709551615u64);
+/// assert!(json::parse(r#"{"n": 18446744073709551616}"#, "input").is_err());
+/// assert!(json::parse(r#"{"a": 1, "a": 2}"#, "input").is_err());
+/// # Ok::<(), tai_state::Error>(())
+/// ```
+pub fn parse(text: &str, subject: &str) -> Result<Value> {
+    let failed = |source| Error::SerializationError { subject: subject.to_owned(), source };
+    let mut reader = serde_json::Deserializer::from_str(text);
+    let value = Strict.deserialize(&mut reader).map_err(failed)?;
+    reader.end().map_err(failed)?;
+    if let Some(digits) = lossy_integer(text) {
+        let short: String = digits.chars().take(40).collect();
+        return Err(failed(de::Error::custom(format!(
+            "the integer {short} does not fit 64 bits; store it as a string"
+        ))));
+    }
+    Ok(value)
+}
+
+/// The first integer literal of valid JSON that neither an `i64` nor a `u64` can hold.
+fn lossy_integer(text: &str) -> Option<&str> {
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while let Some(byte) = bytes.get(at) {
+        match byte {
+            b'"' => {
+                at += 1;
+                while let Some(inner) = bytes.get(at) {
+                    match inner {
+                        b'\\' => at += 1,
+                        b'"' => break,
+                        _ => {}
+                    }
+                    at += 1;
+                }
+                at += 1;
+            }
+            b'-' | b'0'..=b'9' => {
+                let rest = text.get(at..)?;
+                let end = rest
+                    .find(|c: char| !matches!(c, '0'..='9' | '-' | '+' | '.' | 'e' | 'E'))
+                    .unwrap_or(rest.len());
+                let number = rest.get(..end)?;
+                let integer = !number.contains(['.', 'e', 'E']);
+                if integer && number.parse::<i64>().is_err() && number.parse::<u64>().is_err() {
+                    return Some(number);
+                }
+                at += end.max(1);
+            }
+            _ => at += 1,
+        }
+    }
+    None
+}
+
+/// A value in which no key stands twice.
+struct Strict;
+
+impl<'de> DeserializeSeed<'de> for Strict {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Strict {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("any JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: de::Error>(self, value: f64) -> Result<Value, E> {
+        Number::from_f64(value)
+            .map(Value::Number)
+            .ok_or_else(|| E::custom("a number that is not finite"))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::String(value.to_owned()))
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(Value::String(value))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut array = Vec::new();
+        while let Some(item) = items.next_element_seed(Strict)? {
+            array.push(item);
+        }
+        Ok(Value::Array(array))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
+        let mut object = Map::new();
+        while let Some(key) = fields.next_key::<String>()? {
+            let value = fields.next_value_seed(Strict)?;
+            if object.contains_key(&key) {
+                return Err(de::Error::custom(format!("the key {key:?} stands twice")));
+            }
+            object.insert(key, value);
+        }
+        Ok(Value::Object(object))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::arbitrary_json;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    #[test]
+    fn canonical_text_by_table() {
+        let cases = [
+            (json!({"b": 1, "a": [true, null]}), r#"{"a":[true,null],"b":1}"#),
+            (
+                json!({"é": 1, "z": 2, "\u{10000}": 3, "\u{ffff}": 4}),
+                "{\"z\":2,\"é\":1,\"\u{ffff}\":4,\"\u{10000}\":3}",
+            ),
+            (
+                json!("\"\\\u{8}\t\n\u{c}\r\u{1}\u{7f}/"),
+                "\"\\\"\\\\\\b\\t\\n\\f\\r\\u0001\u{7f}/\"",
+            ),
+            (json!(0.1 + 0.2), "0.30000000000000004"),
+            (json!(-0.0), "-0.0"),
+            (json!(1.0), "1.0"),
+            (json!(u64::MAX), "18446744073709551615"),
+        ];
+        for (value, text) in cases {
+            assert_eq!(canonical(&value), text);
+        }
+    }
+
+    #[test]
+    fn refused_texts() {
+        let huge = "9".repeat(30);
+        let deep = "[".repeat(10_000);
+        for text in [
+            r#"{"a":1,"a":1}"#,
+            r#"[{"x":{"a":1,"b":2,"a":3}}]"#,
+            "18446744073709551616",
+            "-9223372036854775809",
+            &huge,
+            "1e400",
+            "[1,]",
+            "1 2",
+            "",
+            r#""\ud800""#,
+            &deep,
+        ] {
+            let error = parse(text, "input").expect_err(text);
+            assert_eq!(error.code(), "serialization_error", "{text}");
+        }
+    }
+
+    #[test]
+    fn digits_in_strings_are_no_numbers() {
+        let text = format!(r#"{{"{0}\"{0}":"\\{0}"}}"#, "9".repeat(30));
+        assert!(parse(&text, "input").is_ok());
+    }
+
+    #[test]
+    fn too_deep_is_refused_without_recursion() {
+        let nest = |levels| (0..levels).fold(Value::Null, |inner, _| Value::Array(vec![inner]));
+        assert_eq!(measure(&nest(MAX_DEPTH), "x").unwrap().depth, MAX_DEPTH);
+        assert_eq!(measure(&nest(MAX_DEPTH + 1), "x").unwrap_err().code(), "invalid_state");
+        let mut deepest = nest(10_000);
+        assert!(measure(&deepest, "x").is_err());
+        assert!(refuse_deep([&mut deepest], "x").is_err());
+        assert!(refuse_deep([&mut nest(MAX_DEPTH)], "x").is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn canonical_text_reads_back_equal(value in arbitrary_json()) {
+            let text = canonical(&value);
+            prop_assert_eq!(parse(&text, "x").unwrap(), value.clone());
+            prop_assert_eq!(measure(&value, "x").unwrap().text, text.len() as u64);
+        }
+
+        #[test]
+        fn no_text_panics(text in ".{0,60}") {
+            let _ = parse(&text, "x");
+        }
+
+        #[test]
+        fn almost_json_does_not_panic(text in r#"[-+.eE0-9"\\{}\[\],:é ]{0,30}"#) {
+            let _ = parse(&text, "x");
+            let _ = lossy_integer(&text);
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Folds a log into a state, and notices everything that a log must not be: a gap, a wrong order, a
+//! broken chain, time that goes backwards.
+
+use crate::chain::Change;
+use crate::error::{Error, Result};
+
+/// A fold in progress. Feed it the changes of one state in ascending order.
+#[derive(Debug, Default)]
+pub(crate) struct Replay {
+    last: Option<Change>,
+    /// The first version to expect when there is no base.
+    first: u64,
+    folded: u64,
+}
+
+impl Replay {
+    /// From the oldest kept event. Where that is not version 1, the chain is proved from there on.
+    pub(crate) fn from_first(first: u64) -> Self {
+        Self { last: None, first, folded: 0 }
+    }
+
+    /// From a saved snapshot, whose own hash must have been checked.
+    pub(crate) fn from_base(base: Change) -> Self {
+        Self { first: base.version, last: Some(base), folded: 0 }
+    }
+
+    /// The version that must come next.
+    pub(crate) fn next_version(&self) -> u64 {
+        self.last.as_ref().map_or(self.first, |change| change.version + 1)
+    }
+
+    /// Takes the next change. Its own hash must have been checked (reading it does).
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] naming the first version that does not fit.
+    pub(crate) fn push(&mut self, change: Change) -> Result<()> {
+        let next = self.next_version();
+        let wrong = |reason: String| {
+            Err(Error::corrupt(format!("the log of {} at v{next}", change.address), reason))
+        };
+        if change.version != next {
+            return wrong(format!("version {} stands there", change.version));
+        }
+        match &self.last {
+            Some(last) if change.prev_hash != Some(last.hash) => {
+                return wrong("it does not follow from the event before it".into());
+            }
+            Some(last) if change.timestamp < last.timestamp => {
+                return wrong("its time is earlier than that of the event before it".into());
+            }
+            None if next == 1 && change.prev_hash.is_some() => {
+                return wrong("it names an event before version 1".into());
+            }
+            None if next > 1 && change.prev_hash.is_none() => {
+                return wrong("it names no event before it".into());
+            }
+            _ => {}
+        }
+        self.folded += 1;
+        self.last = Some(change);
+        Ok(())
+    }
+
+    /// How many changes were folded.
+    pub(crate) fn folded(&self) -> u64 {
+        self.folded
+    }
+
+    /// The newest change so far.
+    pub(crate) fn last(&self) -> Option<&Change> {
+        self.last.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PersistenceConfig;
+    use crate::transition::tests::{request, time};
+    use crate::transition::{Expect, Head, Wish, plan};
+    use serde_json::json;
+
+    fn log(length: u64) -> Vec<Change> {
+        let mut head: Option<Head> = None;
+        let policy = PersistenceConfig::default();
+        (1..=length)
+            .map(|n| {
+                let request = request(Wish::Put(json!(n)), Expect::Any);
+                let step = plan(head.as_ref(), &request, time(n as i64), "n", &policy).unwrap();
+                head = Some(step.head.clone());
+                step.head.change
+            })
+            .collect()
+    }
+
+    fn fold(mut replay: Replay, log: impl IntoIterator<Item = Change>) -> Result<Option<Change>> {
+        for change in log {
+            replay.push(change)?;
+        }
+        Ok(replay.last)
+    }
+
+    #[test]
+    fn a_log_folds_to_its_last_change_from_anywhere() {
+        let log = log(9);
+        let newest = log.last().cloned();
+        assert_eq!(fold(Replay::from_first(1), log.clone()).unwrap(), newest);
+        for base in 0..9 {
+            let replay = Replay::from_base(log[base].clone());
+            assert_eq!(fold(replay, log[base + 1..].to_vec()).unwrap(), newest);
+        }
+        assert_eq!(fold(Replay::from_first(4), log[3..].to_vec()).unwrap(), newest);
+    }
+
+    #[test]
+    fn damage_is_named_by_version() {
+        let good = log(5);
+        let other = {
+            let mut other = good[2].clone();
+            other.data = json!("other");
+            other.hash = other.expected_hash();
+            other
+        };
+        let with = |at: usize, change: &Change| {
+            let mut log = good.clone();
+            log[at] = change.clone();
+            log
+        };
+        let mut gap = good.clone();
+        gap.remove(2);
+        let mut back = good[4].clone();
+        back.timestamp = time(-5);
+        for (log, at) in [
+            (gap, "v3"),
+            (with(2, &good[1]), "v3"),
+            (with(2, &other), "v4"),
+            (with(4, &back), "v5"),
+            (good[1..].to_vec(), "v1"),
+        ] {
+            let error = fold(Replay::from_first(1), log).unwrap_err();
+            assert_eq!(error.code(), "corrupt");
+            assert!(error.to_string().contains(at), "{error}");
+        }
+    }
+}

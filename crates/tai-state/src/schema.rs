@@ -1,0 +1,277 @@
+//! The bodies of documents: the only place that spells a field's name.
+//!
+//! Heads, events and saved snapshots all hold one whole change and its hash, so each proves itself.
+//! See `docs/data-model.md`.
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
+
+use crate::backend::{Body, Document};
+use crate::chain::{Change, FORMAT, Hash, format_time};
+use crate::clock_vector::VectorClockSnapshot;
+use crate::error::{Error, Result};
+use crate::keys::Address;
+use crate::state::ChangeMetadata;
+use crate::transition::Head;
+
+#[derive(Serialize)]
+struct HeadOut<'a> {
+    format: u64,
+    state: &'a Value,
+    version: u64,
+    #[serde(serialize_with = "time")]
+    timestamp: &'a DateTime<Utc>,
+    metadata: &'a ChangeMetadata,
+    causality: &'a VectorClockSnapshot,
+    action: &'a str,
+    event_id: &'a str,
+    prev_hash: Option<Hash>,
+    hash: Hash,
+    deleted: bool,
+    snapshot_versions: &'a [u64],
+    first_version: u64,
+}
+
+#[derive(Serialize)]
+struct EventOut<'a> {
+    format: u64,
+    id: &'a str,
+    state_id: &'a str,
+    version: u64,
+    action: &'a str,
+    from_version: u64,
+    to_state: &'a Value,
+    #[serde(serialize_with = "time")]
+    timestamp: &'a DateTime<Utc>,
+    causality: &'a VectorClockSnapshot,
+    metadata: &'a ChangeMetadata,
+    deleted: bool,
+    prev_hash: Option<Hash>,
+    hash: Hash,
+}
+
+#[derive(Serialize)]
+struct SnapshotOut<'a> {
+    format: u64,
+    state: &'a Value,
+    version: u64,
+    #[serde(serialize_with = "time")]
+    timestamp: &'a DateTime<Utc>,
+    causality: &'a VectorClockSnapshot,
+    metadata: &'a ChangeMetadata,
+    action: &'a str,
+    event_id: &'a str,
+    prev_hash: Option<Hash>,
+    hash: Hash,
+    deleted: bool,
+}
+
+/// What all three have in common, read.
+#[derive(Deserialize)]
+struct ChangeIn {
+    format: u64,
+    #[serde(alias = "event_id")]
+    id: String,
+    #[serde(alias = "to_state")]
+    state: Value,
+    version: u64,
+    action: String,
+    timestamp: DateTime<Utc>,
+    causality: VectorClockSnapshot,
+    metadata: ChangeMetadata,
+    deleted: bool,
+    prev_hash: Option<Hash>,
+    hash: Hash,
+    #[serde(default)]
+    snapshot_versions: Vec<u64>,
+    #[serde(default)]
+    first_version: u64,
+}
+
+fn time<S: Serializer>(time: &&DateTime<Utc>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&format_time(time))
+}
+
+pub(crate) fn head_body(head: &Head) -> Result<Body> {
+    let change = &head.change;
+    body(
+        change,
+        &HeadOut {
+            format: FORMAT,
+            state: &change.data,
+            version: change.version,
+            timestamp: &change.timestamp,
+            metadata: &change.metadata,
+            causality: &change.causality,
+            action: &change.action,
+            event_id: &change.id,
+            prev_hash: change.prev_hash,
+            hash: change.hash,
+            deleted: change.deleted,
+            snapshot_versions: &head.snapshot_versions,
+            first_version: head.first_version,
+        },
+    )
+}
+
+pub(crate) fn event_body(change: &Change) -> Result<Body> {
+    body(
+        change,
+        &EventOut {
+            format: FORMAT,
+            id: &change.id,
+            state_id: &change.address.state.id(),
+            version: change.version,
+            action: &change.action,
+            from_version: change.version - 1,
+            to_state: &change.data,
+            timestamp: &change.timestamp,
+            causality: &change.causality,
+            metadata: &change.metadata,
+            deleted: change.deleted,
+            prev_hash: change.prev_hash,
+            hash: change.hash,
+        },
+    )
+}
+
+pub(crate) fn snapshot_body(change: &Change) -> Result<Body> {
+    body(
+        change,
+        &SnapshotOut {
+            format: FORMAT,
+            state: &change.data,
+            version: change.version,
+            timestamp: &change.timestamp,
+            causality: &change.causality,
+            metadata: &change.metadata,
+            action: &change.action,
+            event_id: &change.id,
+            prev_hash: change.prev_hash,
+            hash: change.hash,
+            deleted: change.deleted,
+        },
+    )
+}
+
+fn body<T: Serialize>(change: &Change, out: &T) -> Result<Body> {
+    Body::new(out)
+        .map_err(|source| Error::SerializationError { subject: change.address.to_string(), source })
+}
+
+/// Reads a head and checks its hash.
+pub(crate) fn read_head(address: &Address, document: &Document) -> Result<Head> {
+    let read = read(document)?;
+    let (snapshot_versions, first_version) = (read.snapshot_versions.clone(), read.first_version);
+    let change = change(address, document, read)?;
+    let ordered = snapshot_versions.windows(2).all(|pair| pair.first() < pair.last());
+    let inside = snapshot_versions.last().is_none_or(|last| *last <= change.version);
+    if !ordered || !inside || first_version == 0 || first_version > change.version {
+        return Err(Error::corrupt(
+            document.key.to_string(),
+            "its notes about saved snapshots or the oldest event make no sense",
+        ));
+    }
+    Ok(Head { change, snapshot_versions, first_version })
+}
+
+/// Reads an event or a saved snapshot, and checks its version and hash.
+pub(crate) fn read_change(address: &Address, document: &Document) -> Result<Change> {
+    let change = change(address, document, read(document)?)?;
+    if change.version != document.key.version {
+        return Err(Error::corrupt(
+            document.key.to_string(),
+            format!("it says that it is version {}", change.version),
+        ));
+    }
+    Ok(change)
+}
+
+fn read(document: &Document) -> Result<ChangeIn> {
+    let read: ChangeIn = document.body.parse().map_err(|source| {
+        Error::corrupt(document.key.to_string(), format!("its body cannot be read: {source}"))
+    })?;
+    if read.format > FORMAT {
+        return Err(Error::NewerFormat {
+            location: document.key.to_string(),
+            found: read.format,
+            supported: FORMAT,
+        });
+    }
+    Ok(read)
+}
+
+fn change(address: &Address, document: &Document, read: ChangeIn) -> Result<Change> {
+    let change = Change {
+        address: address.clone(),
+        version: read.version,
+        id: read.id,
+        action: read.action,
+        timestamp: read.timestamp,
+        causality: read.causality,
+        metadata: read.metadata,
+        deleted: read.deleted,
+        data: read.state,
+        prev_hash: read.prev_hash,
+        hash: read.hash,
+    };
+    if change.version == 0 {
+        return Err(Error::corrupt(document.key.to_string(), "it says that it is version 0"));
+    }
+    change.check(document.key.kind.as_str())?;
+    Ok(change)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Revision;
+    use crate::testing::arbitrary_json;
+    use crate::transition::tests::change_with;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn all_three_bodies_read_back_equal(data in arbitrary_json(), text in any::<String>()) {
+            let change = change_with(data, &text);
+            let document = |key, body| Document { key, body, revision: Revision::new(1) };
+            let address = change.address.clone();
+            let event = document(address.event(change.version), event_body(&change).unwrap());
+            prop_assert_eq!(read_change(&address, &event).unwrap(), change.clone());
+            let saved = document(address.snapshot(change.version), snapshot_body(&change).unwrap());
+            prop_assert_eq!(read_change(&address, &saved).unwrap(), change.clone());
+            let head = Head { change, snapshot_versions: vec![1], first_version: 1 };
+            let stored = document(address.head(), head_body(&head).unwrap());
+            prop_assert_eq!(read_head(&address, &stored).unwrap(), head);
+        }
+
+        #[test]
+        fn any_changed_byte_is_noticed(at in any::<prop::sample::Index>(), to in 0x20u8..0x7f) {
+            let change = change_with(serde_json::json!({"n": [1, 2.5, "x"]}), "why");
+            let mut text = event_body(&change).unwrap().as_text().as_bytes().to_vec();
+            let at = at.index(text.len());
+            prop_assume!(text[at] != to);
+            text[at] = to;
+            let key = change.address.event(change.version);
+            let body = Body::from_text(String::from_utf8(text).unwrap());
+            let document = Document { key, body, revision: Revision::new(1) };
+            // What can be read at all is either the same change or refused.
+            if let Ok(read) = read_change(&change.address, &document) {
+                prop_assert_eq!(read, change);
+            }
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_named() {
+        let change = change_with(serde_json::json!(1), "why");
+        let text = event_body(&change).unwrap().as_text().replace("\"format\":1", "\"format\":2");
+        let document = Document {
+            key: change.address.event(change.version),
+            body: Body::from_text(text),
+            revision: Revision::new(1),
+        };
+        assert_eq!(read_change(&change.address, &document).unwrap_err().code(), "newer_format");
+    }
+}
