@@ -1,1 +1,103 @@
-fn main() {}
+//! The `tai-state` command line.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod cmd;
+mod failure;
+mod output;
+mod point;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tai_state::{StateStore, StoreOptions, StoreUrl};
+
+use crate::args::{Cli, Command, Format, Global};
+use crate::failure::{Failure, Outcome, exit};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::USAGE));
+        }
+    };
+    let format = cli.global.output;
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return ended(Err(failure::io("the runtime", &error)), format),
+    };
+    let outcome = runtime.block_on(run(cli));
+    ended(outcome, format)
+}
+
+fn ended(outcome: Outcome, format: Format) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        // Like every tool of the shell: `tai-state … | head` is no failure.
+        Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report(format);
+            ExitCode::from(failure.exit)
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Outcome {
+    let global = cli.global;
+    match cli.command {
+        Command::Demo(args) => cmd::demo::run(&global, &args).await,
+        Command::DemoWriter(args) => cmd::demo::write(&connect(&global, true).await?, &args).await,
+        Command::Init => cmd::init::run(&global).await,
+        Command::Import(args) => cmd::import::run(&global, &args).await,
+        Command::Export(args) => {
+            cmd::export::run(&global, &connect(&global, false).await?, &args).await
+        }
+        Command::Get(args) => cmd::get::run(&global, &args).await,
+        Command::Put(args) => cmd::put::run(&global, &args).await,
+        Command::Rm(args) => cmd::rm::run(&global, &args).await,
+        Command::Ls(args) => cmd::ls::run(&global, &connect(&global, false).await?, &args).await,
+        Command::History(args) => cmd::history::run(&global, &args).await,
+        Command::Verify => cmd::verify::run(&global, &connect(&global, false).await?).await,
+        Command::Stats => cmd::stats::run(&global, &connect(&global, false).await?).await,
+        Command::Txn(args) => cmd::txn::run(&connect(&global, false).await?, &args).await,
+    }
+}
+
+/// Opens the store that was named. Only `init`, `import` and the demo make one: a mistyped name must
+/// not leave a file behind.
+async fn connect(global: &Global, create: bool) -> Outcome<StateStore> {
+    let url = url(global)?;
+    let parsed: StoreUrl = url.parse()?;
+    let mut options = StoreOptions::default();
+    options.create = create;
+    options.allow_ephemeral_disk = global.allow_ephemeral_disk;
+    let opened = StateStore::connect_with(url, options).await;
+    opened.map_err(|error| {
+        let is_missing = !create
+            && matches!(&parsed, StoreUrl::File { path } if path.symlink_metadata().is_err());
+        let failure = Failure::from(error);
+        if is_missing { failure.with_exit(exit::NOT_FOUND) } else { failure }
+    })
+}
+
+fn url(global: &Global) -> Outcome<&str> {
+    global.url.as_deref().filter(|url| !url.is_empty()).ok_or_else(|| {
+        Failure::usage("no store was named: give --url or set TAI_STATE_URL").hint(
+            "for example: -u app.tai, -u file:///data/app.tai, \
+             -u firestore+emulator://127.0.0.1:8080/demo-app",
+        )
+    })
+}
+
+/// Splits GOVERNOR/STATE at the first slash.
+fn address(text: &str) -> Outcome<(&str, &str)> {
+    match text.split_once('/') {
+        Some((governor, state)) if !governor.is_empty() && !state.is_empty() => {
+            Ok((governor, state))
+        }
+        _ => Err(Failure::rejected(format!("{text:?} is not an address: write GOVERNOR/STATE"))),
+    }
+}

@@ -7,13 +7,15 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::chain::{Change, Hash, Hasher, format_time};
+use crate::clock_vector::VectorClockSnapshot;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::json::{write_canonical, write_string};
 use crate::keys::Address;
 use crate::records::KnownHead;
-use crate::state::StateSnapshot;
-use crate::store::{ChangeAndBefore, StateStore, not_found};
+use crate::state::{ChangeMetadata, StateSnapshot};
+use crate::store::{ChangeAndBefore, StateRecord, StateStore, not_found};
+use crate::transition::{Expect, Request, Wish, check_input};
 
 /// Events in memory at once while a history is read.
 const PAGE: usize = 500;
@@ -42,6 +44,103 @@ pub struct TransitionLine {
     pub deleted: bool,
 }
 
+impl TransitionLine {
+    /// Reads one line. Keys that stand twice, unknown keys and numbers that would be rounded are
+    /// refused.
+    ///
+    /// # Errors
+    /// [`Error::SerializationError`] naming `subject`.
+    pub fn parse(line: &str, subject: &str) -> Result<Self> {
+        let value = crate::json::parse(line, subject)?;
+        serde_json::from_value(value)
+            .map_err(|source| Error::SerializationError { subject: subject.to_owned(), source })
+    }
+
+    /// Checks what can be checked without a store: ids, sizes, depth, and that a deletion has no
+    /// data.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] or [`Error::TooLarge`], naming `subject`.
+    pub fn check(&self, subject: &str) -> Result<()> {
+        let at = |error: Error| match error {
+            Error::InvalidState { subject: what, reason } => {
+                Error::refused(format!("{subject}: {what}"), reason)
+            }
+            Error::TooLarge { what, size, limit } => {
+                Error::TooLarge { what: format!("{subject}: {what}"), size, limit }
+            }
+            error => error,
+        };
+        if self.deleted && !self.data.is_null() {
+            return Err(Error::refused(subject, "it deletes the state and has data"));
+        }
+        let request = Request {
+            address: Address::new(&self.governor_id, &self.state_id).map_err(at)?,
+            id: self.identity(0),
+            action: self.action.clone(),
+            metadata: ChangeMetadata::new(&self.actor, &self.reason, None),
+            wish: Wish::Put(self.data.clone()),
+            expect: Expect::Any,
+            at: Some(self.timestamp),
+            based_on: VectorClockSnapshot::new(),
+        };
+        check_input(&request).map_err(at)
+    }
+
+    /// The identity of this transition when it is imported: a UUID made of what the line says, and
+    /// of how many equal lines stood before it. So the same line gets the same identity in every
+    /// run, and two equal lines are two transitions.
+    #[must_use]
+    pub fn identity(&self, equal_before: u64) -> String {
+        let mut hasher = Hasher::default();
+        // Hashing does not fail.
+        let _ = self.write(&mut hasher);
+        let _ = hasher.write_all(&equal_before.to_be_bytes());
+        let mut bytes = [0; 16];
+        bytes.iter_mut().zip(hasher.finish().as_bytes()).for_each(|(to, from)| *to = *from);
+        uuid::Builder::from_custom_bytes(bytes).into_uuid().to_string()
+    }
+
+    /// Writes the line in its canonical form, with the newline.
+    fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
+        for (name, text) in [
+            ("{\"governor_id\":", self.governor_id.as_str()),
+            (",\"state_id\":", &self.state_id),
+            (",\"action\":", &self.action),
+            (",\"timestamp\":", &format_time(&self.timestamp)),
+            (",\"actor\":", &self.actor),
+        ] {
+            out.write_all(name.as_bytes())?;
+            write_string(text, out)?;
+        }
+        if !self.reason.is_empty() {
+            out.write_all(b",\"reason\":")?;
+            write_string(&self.reason, out)?;
+        }
+        out.write_all(b",\"data\":")?;
+        write_canonical(&self.data, out)?;
+        if self.deleted {
+            out.write_all(b",\"deleted\":true")?;
+        }
+        out.write_all(b"}\n")
+    }
+}
+
+impl From<&Change> for TransitionLine {
+    fn from(change: &Change) -> Self {
+        Self {
+            governor_id: change.address.governor.id(),
+            state_id: change.address.state.id(),
+            action: change.action.clone(),
+            timestamp: change.timestamp,
+            actor: change.metadata.changed_by.clone(),
+            reason: change.metadata.reason.clone(),
+            data: change.data.clone(),
+            deleted: change.deleted,
+        }
+    }
+}
+
 /// What an export was, in the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
@@ -67,7 +166,7 @@ impl ContentHash {
     pub(crate) fn push(&mut self, change: &Change) -> &[u8] {
         self.line.clear();
         // Writing to memory does not fail, nor does hashing.
-        let _ = write_line(change, &mut self.line);
+        let _ = TransitionLine::from(change).write(&mut self.line);
         let _ = self.hasher.write_all(&self.line);
         &self.line
     }
@@ -75,28 +174,6 @@ impl ContentHash {
     pub(crate) fn finish(self) -> Hash {
         self.hasher.finish()
     }
-}
-
-fn write_line(change: &Change, out: &mut Vec<u8>) -> std::io::Result<()> {
-    let mut field = |name: &str, text: &str| -> std::io::Result<()> {
-        out.extend_from_slice(name.as_bytes());
-        write_string(text, out)
-    };
-    field("{\"governor_id\":", &change.address.governor.id())?;
-    field(",\"state_id\":", &change.address.state.id())?;
-    field(",\"action\":", &change.action)?;
-    field(",\"timestamp\":", &format_time(&change.timestamp))?;
-    field(",\"actor\":", &change.metadata.changed_by)?;
-    if !change.metadata.reason.is_empty() {
-        field(",\"reason\":", &change.metadata.reason)?;
-    }
-    out.extend_from_slice(b",\"data\":");
-    write_canonical(&change.data, out)?;
-    if change.deleted {
-        out.extend_from_slice(b",\"deleted\":true");
-    }
-    out.extend_from_slice(b"}\n");
-    Ok(())
 }
 
 /// The events of a state in pages.
@@ -166,13 +243,26 @@ impl StateStore {
         state: impl AsRef<str>,
         version: u64,
     ) -> Result<StateSnapshot> {
+        Ok(self.record_at_version(governor, state, version).await?.snapshot)
+    }
+
+    /// As [`state_at_version`](StateStore::state_at_version), with all that was noted beside it.
+    ///
+    /// # Errors
+    /// As [`state_at_version`](StateStore::state_at_version).
+    pub async fn record_at_version(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+        version: u64,
+    ) -> Result<StateRecord> {
         let address = Address::new(governor.as_ref(), state.as_ref())?;
         let head = self.history_head(&address, version).await?;
         let change = self.change_at(&address, &head, version).await?;
         if change.deleted {
             return Err(not_found(&address, format!(" at v{version}: it was deleted then")));
         }
-        Ok(change.snapshot())
+        Ok(StateRecord::new(&change, head.head.first_version))
     }
 
     /// A state as it was at a time: the newest version that is not later. Of several versions with
@@ -186,12 +276,26 @@ impl StateStore {
         state: impl AsRef<str>,
         time: DateTime<Utc>,
     ) -> Result<StateSnapshot> {
+        Ok(self.record_at_time(governor, state, time).await?.snapshot)
+    }
+
+    /// As [`state_at_time`](StateStore::state_at_time), with all that was noted beside it.
+    ///
+    /// # Errors
+    /// As [`state_at_version`](StateStore::state_at_version).
+    pub async fn record_at_time(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+        time: DateTime<Utc>,
+    ) -> Result<StateRecord> {
         let address = Address::new(governor.as_ref(), state.as_ref())?;
         let known = self.records.head(&address).await?;
         let at = format!(" at {}", format_time(&time));
         let head = known.ok_or_else(|| not_found(&address, at.clone()))?;
+        let first = head.head.first_version;
         // Times never fall with rising versions, so the version is found by halving.
-        let (mut low, mut high) = (head.head.first_version, head.head.version());
+        let (mut low, mut high) = (first, head.head.version());
         let mut newest = None;
         while low <= high {
             let middle = low + (high - low) / 2;
@@ -207,8 +311,8 @@ impl StateStore {
             Some(change) if change.deleted => {
                 Err(not_found(&address, format!("{at}: it was deleted then")))
             }
-            Some(change) => Ok(change.snapshot()),
-            None if head.head.first_version > 1 => Err(trimmed(&address, &head, &at)),
+            Some(change) => Ok(StateRecord::new(&change, first)),
+            None if first > 1 => Err(trimmed(&address, &head, &at)),
             None => Err(not_found(&address, at)),
         }
     }

@@ -76,8 +76,7 @@ pub struct StateRecord {
 }
 
 impl StateRecord {
-    pub(crate) fn new(head: &Head) -> Self {
-        let change = &head.change;
+    pub(crate) fn new(change: &Change, first_version: u64) -> Self {
         Self {
             governor_id: GovernorId::new(change.address.governor.id()),
             snapshot: change.snapshot(),
@@ -85,8 +84,12 @@ impl StateRecord {
             event_id: change.id.clone(),
             hash: change.hash,
             deleted: change.deleted,
-            first_version: head.first_version,
+            first_version,
         }
+    }
+
+    fn of(head: &Head) -> Self {
+        Self::new(&head.change, head.first_version)
     }
 }
 
@@ -291,7 +294,7 @@ impl StateStore {
     ) -> Result<Option<StateRecord>> {
         let address = Address::new(governor.as_ref(), state.as_ref())?;
         let known = self.records.head(&address).await?;
-        Ok(known.map(|known| StateRecord::new(&known.head)))
+        Ok(known.map(|known| StateRecord::of(&known.head)))
     }
 
     /// Whether a state exists and is not deleted.
@@ -383,7 +386,7 @@ impl StateStore {
             states.extend(
                 shown
                     .filter(|head| options.include_deleted || !head.change.deleted)
-                    .map(|head| StateRecord::new(head)),
+                    .map(|head| StateRecord::of(head)),
             );
             // A page of nothing but deleted states must not look like the end.
             if next.is_none() || states.len() >= options.limit {

@@ -146,7 +146,7 @@ pub(crate) fn plan(
     let mut snapshot_versions = head.map_or_else(Vec::new, |head| head.snapshot_versions.clone());
     let due = policy.snapshot_interval > 0
         && policy.snapshot_retention > 0
-        && version % policy.snapshot_interval == 0;
+        && version.is_multiple_of(policy.snapshot_interval);
     let mut drop_snapshots = Vec::new();
     if due {
         snapshot_versions.push(version);
@@ -195,7 +195,8 @@ fn check_expectation(head: Option<&Head>, request: &Request) -> Result<()> {
     })
 }
 
-fn check_input(request: &Request) -> Result<()> {
+/// Refuses what no backend keeps, whatever the head is.
+pub(crate) fn check_input(request: &Request) -> Result<()> {
     let subject = request.address.to_string();
     if let Wish::Put(data) = &request.wish {
         let size = measure(data, &subject)?;

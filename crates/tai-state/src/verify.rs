@@ -189,7 +189,7 @@ impl StateStore {
             match reader.snapshot(address, *version).await? {
                 Some(snapshot) => saved.push(snapshot),
                 None => {
-                    proof.problem(format!("the saved snapshot {address} v{version} is missing"))
+                    proof.problem(format!("the saved snapshot {address} v{version} is missing"));
                 }
             }
         }

@@ -1,0 +1,242 @@
+//! What may stand on the command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Durable, versioned state for state machines, with the log of every change.
+///
+/// An ADDRESS is GOVERNOR/STATE; the first slash divides. A POINT in time is a version (v42), an
+/// RFC 3339 time, or a while ago (-15m).
+#[derive(Debug, Parser)]
+#[command(name = "tai-state", version, after_help = AFTER_HELP)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Exit codes: 0 done, 1 other, 2 usage, 3 not found, 4 conflict, 5 rejected input, 6 unavailable,
+7 denied, 8 integrity, 9 stopped part-way and resumable.
+
+Examples:
+  tai-state -u app.tai init
+  echo '{\"status\":\"open\"}' | tai-state -u app.tai put orders/o-1 --reason 'new order'
+  tai-state -u app.tai get orders/o-1 --at -15m
+  tai-state -u app.tai history orders/o-1
+  tai-state -u app.tai verify";
+
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// The store: a file such as app.tai, file:///data/app.tai, mem:
+    #[arg(short, long, global = true, env = "TAI_STATE_URL", hide_env_values = true)]
+    pub(crate) url: Option<String>,
+    /// How answers and errors are written. json and jsonl are a contract for programs.
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table, env = "TAI_STATE_OUTPUT")]
+    pub(crate) output: Format,
+    /// No progress bars.
+    #[arg(long, global = true)]
+    pub(crate) no_progress: bool,
+    /// Accept a file where the disk is known to be memory (Cloud Run).
+    #[arg(long, global = true, env = "TAI_STATE_ALLOW_EPHEMERAL_DISK")]
+    pub(crate) allow_ephemeral_disk: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    Table,
+    /// One JSON value.
+    Json,
+    /// One JSON object a line.
+    Jsonl,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show all of it: a fleet of machines, a kill -9 in the middle, the recovery, the past.
+    Demo(Demo),
+    /// Make a new, empty store.
+    Init,
+    /// Take in transitions from JSON Lines, plain or gzip.
+    Import(Import),
+    /// Write the whole log as JSON Lines, in canonical order.
+    Export(Export),
+    /// Show a state, as it is or as it was.
+    Get(Get),
+    /// Write a state.
+    Put(Put),
+    /// Delete a state; its history stays.
+    Rm(Rm),
+    /// List governors, or the states of one.
+    Ls(Ls),
+    /// Show the changes of a state, oldest first.
+    History(History),
+    /// Prove the whole store: every hash, every chain, every head.
+    Verify,
+    /// Show figures of the store.
+    Stats,
+    /// Run transactions, one JSON object a line, one answer a line.
+    Txn(Txn),
+    /// The process that `demo` kills.
+    #[command(hide = true)]
+    DemoWriter(DemoWriter),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Demo {
+    /// Keep the store in this folder afterwards.
+    #[arg(long)]
+    pub(crate) keep: Option<PathBuf>,
+    /// Kill the writer after so many acknowledged transitions.
+    #[arg(long, default_value_t = 4_000)]
+    pub(crate) kill_after: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoWriter {
+    /// Tasks that write at the same time.
+    #[arg(long, default_value_t = 32)]
+    pub(crate) tasks: usize,
+    /// Machines of each task.
+    #[arg(long, default_value_t = 4)]
+    pub(crate) machines: usize,
+    /// Seconds after which the writer ends by itself, if nobody kills it.
+    #[arg(long, default_value_t = 30)]
+    pub(crate) seconds: u64,
+}
+
+/// The format is one JSON object a line:
+///
+///   {"governor_id","state_id","action","timestamp","actor","reason"?,"data","deleted"?}
+///
+/// The given timestamps are kept as the transitions' own (never earlier than the version before).
+/// It may be run again, also after a kill: each line has an identity made of what it says and of how
+/// many equal lines stood before it in the input; the event carries it, and a line whose event is in
+/// the state's log already is passed over. Two equal lines are two transitions.
+#[derive(Debug, Args)]
+pub(crate) struct Import {
+    /// The file, or - for standard input. gzip is recognised by its first bytes.
+    pub(crate) file: PathBuf,
+    /// Read everything first, and take in nothing if one line is wrong.
+    #[arg(long)]
+    pub(crate) strict: bool,
+    /// Write one JSON line to standard output for each transition that is durable.
+    #[arg(long)]
+    pub(crate) acks: bool,
+    /// States that are written at the same time.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub(crate) jobs: u16,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Export {
+    /// Write to this file instead of standard output; gzip when it ends in .gz. The file appears
+    /// when it is complete.
+    #[arg(long)]
+    pub(crate) out: Option<PathBuf>,
+    /// Only this governor.
+    #[arg(long)]
+    pub(crate) governor: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Get {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+    /// As it was: v42, an RFC 3339 time, or -15m.
+    #[arg(long, allow_hyphen_values = true, value_name = "POINT")]
+    pub(crate) at: Option<String>,
+    /// Only the data.
+    #[arg(long)]
+    pub(crate) raw: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Why {
+    /// Who makes the change.
+    #[arg(long, default_value = "tai-state", env = "TAI_STATE_ACTOR")]
+    pub(crate) actor: String,
+    /// Why.
+    #[arg(long, default_value = "")]
+    pub(crate) reason: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Put {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+    /// A file with JSON, or - for standard input.
+    #[arg(default_value = "-")]
+    pub(crate) file: PathBuf,
+    /// The JSON itself.
+    #[arg(long, conflicts_with = "file", allow_hyphen_values = true)]
+    pub(crate) data: Option<String>,
+    /// Only if the state has this version; 0 = must not exist.
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) expect: Option<u64>,
+    /// What is done, as the log will call it.
+    #[arg(long, default_value = "put")]
+    pub(crate) action: String,
+    #[command(flatten)]
+    pub(crate) why: Why,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Rm {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+    /// Only if the state has this version.
+    #[arg(long, value_name = "VERSION")]
+    pub(crate) expect: Option<u64>,
+    #[command(flatten)]
+    pub(crate) why: Why,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ls {
+    /// The governor; without one the governors are listed.
+    pub(crate) governor: Option<String>,
+    /// How many at most.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) limit: u64,
+    /// Continue after this one.
+    #[arg(long)]
+    pub(crate) after: Option<String>,
+    /// Deleted states too.
+    #[arg(long)]
+    pub(crate) deleted: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct History {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+    /// The first version.
+    #[arg(long, value_name = "VERSION", value_parser = version)]
+    pub(crate) from: Option<u64>,
+    /// The last version.
+    #[arg(long, value_name = "VERSION", value_parser = version)]
+    pub(crate) to: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Txn {
+    /// The file, or - for standard input.
+    #[arg(default_value = "-")]
+    pub(crate) file: PathBuf,
+    /// Transactions that run at the same time; with more than one, answers come as they are ready.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub(crate) concurrency: u16,
+    /// Who makes the changes.
+    #[arg(long, default_value = "tai-state", env = "TAI_STATE_ACTOR")]
+    pub(crate) actor: String,
+}
+
+/// `42` or `v42`.
+fn version(text: &str) -> Result<u64, String> {
+    let digits = text.strip_prefix('v').unwrap_or(text);
+    digits.parse().map_err(|_| format!("{text:?} is not a version such as v42"))
+}

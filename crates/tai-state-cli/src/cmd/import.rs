@@ -1,0 +1,286 @@
+//! `import`: take in transitions from JSON Lines.
+//!
+//! One thread reads and checks lines; many tasks write, each state always by the same task, so that
+//! the transitions of one state keep their order and the engine has a group to commit.
+
+use std::collections::hash_map::{DefaultHasher, Entry};
+use std::collections::{HashMap, HashSet};
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use serde_json::json;
+use tai_state::{
+    ChangeMetadata, Error, NewTransition, StateMachinePersister, StateStore, TransitionLine,
+};
+use tokio::sync::mpsc;
+
+use crate::args::{Global, Import};
+use crate::cmd::lines::Lines;
+use crate::failure::{Failure, Outcome, exit, io};
+use crate::{connect, output};
+
+/// Lines that wait for one task.
+const QUEUE: usize = 16;
+
+/// A line on its way to the store.
+struct Item {
+    number: u64,
+    line: TransitionLine,
+    identity: String,
+}
+
+#[derive(Default)]
+struct Counts {
+    applied: AtomicU64,
+    known: AtomicU64,
+    states: AtomicU64,
+    failed: AtomicBool,
+}
+
+pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
+    let path = if args.strict { checked(&args.file)? } else { Source::Named(args.file.clone()) };
+    let lines = Lines::open(path.path())?;
+    let store = connect(global, true).await?;
+    let counts = Arc::new(Counts::default());
+    let bar = output::progress(global, "importing", None);
+
+    let mut queues = Vec::new();
+    let mut tasks = Vec::new();
+    for _ in 0..args.jobs {
+        let (queue, items) = mpsc::channel(QUEUE);
+        queues.push(queue);
+        let worker = Worker {
+            store: store.clone(),
+            persister: StateMachinePersister::with_defaults(store.clone()),
+            counts: Arc::clone(&counts),
+            acks: args.acks,
+            bar: bar.clone(),
+            known: HashMap::new(),
+        };
+        tasks.push(tokio::spawn(worker.run(items)));
+    }
+    let stop = Arc::clone(&counts);
+    let reading = tokio::task::spawn_blocking(move || read(lines, &queues, &stop));
+    let read = match reading.await {
+        Ok(read) => read,
+        Err(error) => Err(Failure::new(exit::OTHER, "other", format!("reading stopped: {error}"))),
+    };
+    // What was read before a bad line is taken in all the same.
+    let mut failures = Vec::new();
+    for task in tasks {
+        match task.await {
+            Ok(Ok(())) => {}
+            Ok(Err((number, failure))) => failures.push((number, failure)),
+            Err(error) => {
+                failures.push((0, Failure::new(exit::OTHER, "other", error.to_string())));
+            }
+        }
+    }
+    bar.finish_and_clear();
+    let applied = counts.applied.load(Ordering::Relaxed);
+    let known = counts.known.load(Ordering::Relaxed);
+    let say = |failure: Failure| {
+        let failure = failure.with("applied", applied).with("already_there", known);
+        match failure.exit {
+            exit::UNAVAILABLE if applied > 0 => failure
+                .with_exit(exit::PART_WAY)
+                .hint("run it again: what was taken in is passed over"),
+            _ => failure,
+        }
+    };
+    // The first of the lines that failed; others behind it are met again in the next run.
+    failures.sort_by_key(|(number, _)| *number);
+    if let Some((_, failure)) = failures.into_iter().next() {
+        return Err(say(failure));
+    }
+    read.map_err(say)?;
+    let states = counts.states.load(Ordering::Relaxed);
+    let object = json!({
+        "lines": applied + known, "applied": applied, "already_there": known, "states": states,
+    });
+    let text =
+        format!("{applied} transitions of {states} states taken in, {known} were there already");
+    if args.acks {
+        eprintln!("{object}");
+        return Ok(());
+    }
+    output::object(global.output, &object, &text)
+}
+
+/// Where lines come from: the named file, or a copy of standard input.
+enum Source {
+    Named(PathBuf),
+    Copied(tempfile::NamedTempFile),
+}
+
+impl Source {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Named(path) => path,
+            Self::Copied(file) => file.path(),
+        }
+    }
+}
+
+/// Reads everything and refuses all if one line is wrong.
+fn checked(path: &Path) -> Outcome<Source> {
+    let source = if path.as_os_str() == "-" {
+        let failed = |error: std::io::Error| io("standard input", &error);
+        let mut copy = tempfile::NamedTempFile::new().map_err(failed)?;
+        std::io::copy(&mut std::io::stdin(), &mut copy).map_err(failed)?;
+        Source::Copied(copy)
+    } else {
+        Source::Named(path.to_path_buf())
+    };
+    let mut lines = Lines::open(source.path())?;
+    let refuse = |failure: Failure| failure.hint("nothing was taken in (--strict)");
+    loop {
+        match next(&mut lines) {
+            Ok(Some(_)) => {}
+            Ok(None) => return Ok(source),
+            Err(failure) => return Err(refuse(failure)),
+        }
+    }
+}
+
+/// The next transition of the input, checked as far as it can be without the store.
+fn next(lines: &mut Lines) -> Outcome<Option<(u64, TransitionLine)>> {
+    let Some(line) = lines.next()? else { return Ok(None) };
+    let number = line.number;
+    let text = line.text.to_owned();
+    let place = lines.place(number);
+    let line = TransitionLine::parse(&text, &place)
+        .and_then(|line| line.check(&place).map(|()| line))
+        .map_err(|error| {
+            Failure::from(error)
+                .with("line", number)
+                .hint("the lines before it were taken in; mend the line and run it again")
+        })?;
+    Ok(Some((number, line)))
+}
+
+fn read(mut lines: Lines, queues: &[mpsc::Sender<Item>], counts: &Counts) -> Outcome {
+    // How often each line was seen, by a hash of it: a collision only makes a count larger, the same
+    // in every run.
+    let mut seen: HashMap<u64, u64> = HashMap::new();
+    while let Some((number, line)) = next(&mut lines)? {
+        if counts.failed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut hasher = DefaultHasher::new();
+        line.identity(0).hash(&mut hasher);
+        let count = seen.entry(hasher.finish()).or_default();
+        let identity = line.identity(*count);
+        *count += 1;
+        let mut hasher = DefaultHasher::new();
+        (&line.governor_id, &line.state_id).hash(&mut hasher);
+        let at = usize::try_from(hasher.finish() % queues.len() as u64).unwrap_or(0);
+        let Some(queue) = queues.get(at) else { return Ok(()) };
+        // A task that ended has failed, and says so itself.
+        if queue.blocking_send(Item { number, line, identity }).is_err() {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// What a worker knows of a state.
+struct Known {
+    version: u64,
+    /// The identities of its events that this import has not met yet.
+    ids: HashSet<String>,
+}
+
+struct Worker {
+    store: StateStore,
+    persister: StateMachinePersister,
+    counts: Arc<Counts>,
+    acks: bool,
+    bar: indicatif::ProgressBar,
+    known: HashMap<(String, String), Known>,
+}
+
+impl Worker {
+    async fn run(mut self, mut items: mpsc::Receiver<Item>) -> Result<(), (u64, Failure)> {
+        while let Some(item) = items.recv().await {
+            let number = item.number;
+            if let Err(failure) = self.take(item).await {
+                self.counts.failed.store(true, Ordering::Relaxed);
+                let failure = failure.context(&format!("line {number}")).with("line", number);
+                return Err((number, failure));
+            }
+            self.bar.inc(1);
+        }
+        Ok(())
+    }
+
+    async fn take(&mut self, item: Item) -> Outcome {
+        let Item { number, line, identity } = item;
+        loop {
+            let address = (line.governor_id.clone(), line.state_id.clone());
+            let known = match self.known.entry(address) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(place) => {
+                    self.counts.states.fetch_add(1, Ordering::Relaxed);
+                    place.insert(look(&self.store, &line).await?)
+                }
+            };
+            if known.ids.remove(&identity) {
+                self.counts.known.fetch_add(1, Ordering::Relaxed);
+                return Ok(());
+            }
+            let transition =
+                transition(&line).at(line.timestamp).with_id(&identity).expecting(known.version);
+            match self.persister.append(transition).await {
+                Ok(event) => {
+                    known.version = event.version();
+                    self.counts.applied.fetch_add(1, Ordering::Relaxed);
+                    if self.acks {
+                        output::line(
+                            &json!({
+                                "line": number, "governor_id": line.governor_id,
+                                "state_id": line.state_id, "version": event.version(),
+                            })
+                            .to_string(),
+                        )?;
+                    }
+                    return Ok(());
+                }
+                // Somebody else writes this state too, perhaps the same import: look again what is
+                // there before writing it twice.
+                Err(Error::VersionConflict { .. }) => {
+                    *known = look(&self.store, &line).await?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+fn transition(line: &TransitionLine) -> NewTransition {
+    let TransitionLine { governor_id, state_id, action, actor, reason, data, .. } = line;
+    let metadata = ChangeMetadata::new(actor, reason, None);
+    if line.deleted {
+        NewTransition::to_deleted(governor_id, state_id, action, metadata)
+    } else {
+        NewTransition::to(governor_id, state_id, action, data.clone(), metadata)
+    }
+}
+
+/// What the store has of a line's state already.
+async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
+    let mut known = Known { version: 0, ids: HashSet::new() };
+    let mut history = match store.history(&line.governor_id, &line.state_id, ..).await {
+        Ok(history) => history,
+        Err(Error::StateNotFound { .. }) => return Ok(known),
+        Err(error) => return Err(error.into()),
+    };
+    loop {
+        let page = history.next_page().await?;
+        let Some(last) = page.last() else { return Ok(known) };
+        known.version = last.version();
+        known.ids.extend(page.into_iter().map(|event| event.id));
+    }
+}

@@ -1,0 +1,22 @@
+//! `rm`: delete a state; its history stays.
+
+use serde_json::json;
+use tai_state::ChangeMetadata;
+
+use crate::args::{Global, Rm};
+use crate::failure::Outcome;
+use crate::{address, connect, output};
+
+pub(crate) async fn run(global: &Global, args: &Rm) -> Outcome {
+    let (governor, state) = address(&args.address)?;
+    let store = connect(global, false).await?;
+    let why = ChangeMetadata::new(&args.why.actor, &args.why.reason, args.expect);
+    let version = store.delete_state(governor, state, args.expect, why).await?;
+    let object =
+        json!({"governor_id": governor, "state_id": state, "version": version, "deleted": true});
+    output::object(
+        global.output,
+        &object,
+        &format!("{governor}/{state} was deleted with v{version}"),
+    )
+}

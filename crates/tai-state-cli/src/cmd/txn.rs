@@ -1,0 +1,265 @@
+//! `txn`: run transactions, one JSON object a line, one answer a line.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+use serde_json::{Number, Value, json};
+use tai_state::{
+    ChangeMetadata, Error, StateId, StateSnapshot, StateStore, Transaction, TransactionManager,
+    json as strict,
+};
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::args::Txn;
+use crate::cmd::lines::Lines;
+use crate::failure::{Failure, Outcome, exit};
+use crate::{address, output};
+
+/// One line in.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    id: Value,
+    ops: Vec<Op>,
+    #[serde(default)]
+    actor: Option<String>,
+    #[serde(default)]
+    reason: String,
+}
+
+/// One step of a transaction.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
+enum Op {
+    Get { state: String, expect: Option<u64> },
+    Put { state: String, data: Value, expect: Option<u64> },
+    Merge { state: String, data: Value, expect: Option<u64> },
+    Append { state: String, value: Value, expect: Option<u64> },
+    Add { state: String, value: Number, expect: Option<u64> },
+    Delete { state: String, expect: Option<u64> },
+}
+
+impl Op {
+    fn target(&self) -> (&'static str, &str, Option<u64>) {
+        match self {
+            Self::Get { state, expect } => ("get", state, *expect),
+            Self::Put { state, expect, .. } => ("put", state, *expect),
+            Self::Merge { state, expect, .. } => ("merge", state, *expect),
+            Self::Append { state, expect, .. } => ("append", state, *expect),
+            Self::Add { state, expect, .. } => ("add", state, *expect),
+            Self::Delete { state, expect } => ("delete", state, *expect),
+        }
+    }
+}
+
+pub(crate) async fn run(store: &StateStore, args: &Txn) -> Outcome {
+    let mut lines = Lines::open(&args.file)?;
+    let manager = TransactionManager::new(store);
+    let permits = Arc::new(Semaphore::new(usize::from(args.concurrency)));
+    let (sender, mut received) = mpsc::channel::<Outcome<(u64, String)>>(1);
+    let reading = tokio::task::spawn_blocking(move || {
+        loop {
+            let line = match lines.next() {
+                Ok(None) => return,
+                Ok(Some(line)) => Ok((line.number, line.text.to_owned())),
+                Err(failure) => Err(failure),
+            };
+            let is_last = line.is_err();
+            if sender.blocking_send(line).is_err() || is_last {
+                return;
+            }
+        }
+    });
+    let mut tasks = tokio::task::JoinSet::new();
+    let mut malformed = 0u64;
+    let mut broken = None;
+    while let Some(line) = received.recv().await {
+        let (number, text) = match line {
+            Ok(line) => line,
+            Err(failure) => {
+                broken = Some(failure);
+                break;
+            }
+        };
+        let request = match parse(&text, number) {
+            Ok(request) => request,
+            Err(failure) => {
+                malformed += 1;
+                output::line(&refused(&Value::Null, failure, "not_applied").to_string())?;
+                continue;
+            }
+        };
+        let permit = Arc::clone(&permits).acquire_owned().await;
+        let manager = manager.clone();
+        let actor = request.actor.clone().unwrap_or_else(|| args.actor.clone());
+        tasks.spawn(async move {
+            let answer = answer(&manager, &request, &actor).await;
+            drop(permit);
+            output::line(&answer.to_string())
+        });
+        while let Some(done) = tasks.try_join_next() {
+            joined(done)?;
+        }
+    }
+    while let Some(done) = tasks.join_next().await {
+        joined(done)?;
+    }
+    drop(received);
+    let _ = reading.await;
+    match (broken, malformed) {
+        (Some(failure), _) => Err(failure),
+        (None, 0) => Ok(()),
+        (None, count) => Err(Failure::rejected(format!("{count} lines were no transactions"))),
+    }
+}
+
+fn joined(done: Result<Outcome, tokio::task::JoinError>) -> Outcome {
+    done.unwrap_or_else(|error| Err(Failure::new(exit::OTHER, "other", error.to_string())))
+}
+
+fn parse(text: &str, number: u64) -> Outcome<Request> {
+    let place = format!("line {number}");
+    let value = strict::parse(text, &place)?;
+    let request: Request = serde_json::from_value(value).map_err(|source| {
+        Failure::from(Error::SerializationError { subject: place.clone(), source })
+    })?;
+    for op in &request.ops {
+        address(op.target().1).map_err(|failure| failure.context(&place))?;
+    }
+    Ok(request)
+}
+
+async fn answer(manager: &TransactionManager, request: &Request, actor: &str) -> Value {
+    let metadata = ChangeMetadata::new(actor, &request.reason, None);
+    let outcome = manager
+        .run(|transaction| {
+            let metadata = metadata.clone();
+            async move {
+                let mut results = Vec::with_capacity(request.ops.len());
+                for op in &request.ops {
+                    results.push(step(&transaction, op, &metadata).await?);
+                }
+                Ok(results)
+            }
+        })
+        .await;
+    match outcome {
+        Ok(done) => json!({
+            "id": request.id, "ok": true, "results": done.value, "attempts": done.attempts,
+        }),
+        Err(error) => {
+            let unknown = matches!(error, Error::OutcomeUnknown { .. });
+            let outcome = if unknown { "unknown" } else { "not_applied" };
+            refused(&request.id, error.into(), outcome)
+        }
+    }
+}
+
+fn refused(id: &Value, failure: Failure, outcome: &str) -> Value {
+    let mut answer = failure.to_json();
+    if let Value::Object(fields) = &mut answer {
+        fields.insert("id".into(), id.clone());
+        fields.insert("ok".into(), false.into());
+        fields.insert("outcome".into(), outcome.into());
+    }
+    answer
+}
+
+async fn step(
+    transaction: &Transaction,
+    op: &Op,
+    metadata: &ChangeMetadata,
+) -> Result<Value, Error> {
+    let (action, target, expect) = op.target();
+    // The address was checked when the line was read.
+    let (governor, state) = target.split_once('/').unwrap_or((target, ""));
+    let before = match transaction.get_state(governor, state).await {
+        Ok((before, _)) => Some(before),
+        Err(Error::StateNotFound { .. }) => None,
+        Err(error) => return Err(error),
+    };
+    let actual = before.as_ref().map_or(0, |before| before.version);
+    if let Some(expected) = expect.filter(|expected| *expected != actual) {
+        let (governor, state) = (governor.to_owned(), state.to_owned());
+        return Err(Error::VersionConflict { governor, state, expected, actual });
+    }
+    let refuse = |reason: &str| {
+        Err(Error::InvalidState { subject: target.to_owned(), reason: reason.to_owned() })
+    };
+    let data = before.as_ref().map(|before| before.data.clone());
+    let after = match op {
+        Op::Get { .. } => {
+            return Ok(json!({"version": actual, "data": data}));
+        }
+        Op::Delete { .. } => {
+            let version = transaction.delete_state(governor, state, None, metadata.clone()).await?;
+            return Ok(json!({"version": version}));
+        }
+        Op::Put { data, .. } => data.clone(),
+        Op::Merge { data: patch, .. } => {
+            let mut merged = data.unwrap_or(Value::Null);
+            json_patch::merge(&mut merged, patch);
+            merged
+        }
+        Op::Append { value, .. } => match data {
+            None => json!([value]),
+            Some(Value::Array(mut items)) => {
+                items.push(value.clone());
+                Value::Array(items)
+            }
+            Some(_) => return refuse("append: it is not an array"),
+        },
+        Op::Add { value, .. } => match data {
+            None => Value::Number(value.clone()),
+            Some(Value::Number(number)) => match sum(&number, value) {
+                Some(sum) => Value::Number(sum),
+                None => return refuse("add: the sum cannot be held"),
+            },
+            Some(_) => return refuse("add: it is not a number"),
+        },
+    };
+    let mut to = StateSnapshot::new(StateId::from(state), after, metadata.clone());
+    if let Some(before) = &before {
+        to.causality = before.causality.clone();
+    }
+    let event = transaction
+        .log_transition(governor, before.as_ref(), &to, action, metadata.clone())
+        .await?;
+    Ok(json!({"version": event.version()}))
+}
+
+/// The sum, exactly for integers; `None` when it overflows.
+fn sum(a: &Number, b: &Number) -> Option<Number> {
+    let integer = |n: &Number| n.as_i64().map(i128::from).or_else(|| n.as_u64().map(i128::from));
+    match (integer(a), integer(b)) {
+        (Some(a), Some(b)) => {
+            let sum = a.checked_add(b)?;
+            i64::try_from(sum)
+                .map(Number::from)
+                .or_else(|_| u64::try_from(sum).map(Number::from))
+                .ok()
+        }
+        _ => Number::from_f64(a.as_f64()? + b.as_f64()?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_are_exact_or_refused() {
+        let n = |value: Value| value.as_number().cloned().unwrap();
+        for (a, b, expected) in [
+            (json!(1), json!(2), Some(json!(3))),
+            (json!(i64::MAX), json!(1), Some(json!(9_223_372_036_854_775_808_u64))),
+            (json!(u64::MAX), json!(1), None),
+            (json!(i64::MIN), json!(-1), None),
+            (json!(0.1), json!(0.2), Some(json!(0.1 + 0.2))),
+            (json!(1e308), json!(1e308), None),
+            (json!(1), json!(0.5), Some(json!(1.5))),
+        ] {
+            assert_eq!(sum(&n(a), &n(b)).map(Value::Number), expected);
+        }
+    }
+}

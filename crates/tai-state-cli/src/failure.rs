@@ -1,0 +1,158 @@
+//! How a command fails: the exit code, and the error as text or as one JSON object.
+
+use serde_json::{Map, Value, json};
+use tai_state::Error;
+
+use crate::args::Format;
+
+/// Exit codes, as the help lists them.
+pub(crate) mod exit {
+    pub(crate) const OTHER: u8 = 1;
+    pub(crate) const USAGE: u8 = 2;
+    pub(crate) const NOT_FOUND: u8 = 3;
+    pub(crate) const CONFLICT: u8 = 4;
+    pub(crate) const REJECTED: u8 = 5;
+    pub(crate) const UNAVAILABLE: u8 = 6;
+    pub(crate) const DENIED: u8 = 7;
+    pub(crate) const INTEGRITY: u8 = 8;
+    pub(crate) const PART_WAY: u8 = 9;
+}
+
+/// Why a command ends without success.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) exit: u8,
+    code: &'static str,
+    message: String,
+    retryable: bool,
+    hint: Option<String>,
+    detail: Map<String, Value>,
+}
+
+pub(crate) type Outcome<T = ()> = Result<T, Failure>;
+
+impl Failure {
+    pub(crate) fn new(exit: u8, code: &'static str, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { exit, code, message, retryable: false, hint: None, detail: Map::new() }
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(exit::USAGE, "usage", message)
+    }
+
+    pub(crate) fn rejected(message: impl Into<String>) -> Self {
+        Self::new(exit::REJECTED, "rejected", message)
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    pub(crate) fn with_exit(mut self, exit: u8) -> Self {
+        self.exit = exit;
+        self
+    }
+
+    /// Puts what was being done before the message.
+    pub(crate) fn context(mut self, context: &str) -> Self {
+        self.message = format!("{context}: {}", self.message);
+        self
+    }
+
+    pub(crate) fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.detail.insert(key.to_owned(), value.into());
+        self
+    }
+
+    /// Whether the reader of our output went away.
+    pub(crate) fn is_broken_pipe(&self) -> bool {
+        self.message.contains("Broken pipe")
+    }
+
+    /// As one JSON object.
+    pub(crate) fn to_json(&self) -> Value {
+        let mut object = self.detail.clone();
+        object.insert("code".into(), self.code.into());
+        object.insert("message".into(), self.message.clone().into());
+        object.insert("retryable".into(), self.retryable.into());
+        object.insert("hint".into(), self.hint.clone().map_or(Value::Null, Value::from));
+        Value::Object(object)
+    }
+
+    /// Writes it to standard error.
+    pub(crate) fn report(&self, format: Format) {
+        match format {
+            Format::Table => {
+                eprintln!("error: {}", crate::output::visible(&self.message));
+                if let Some(hint) = &self.hint {
+                    eprintln!("hint: {hint}");
+                }
+            }
+            Format::Json | Format::Jsonl => eprintln!("{}", self.to_json()),
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let exit = match error.code() {
+            "state_not_found" | "history_trimmed" => exit::NOT_FOUND,
+            "version_conflict" | "transaction_failed" => exit::CONFLICT,
+            "invalid_state"
+            | "serialization_error"
+            | "too_large"
+            | "not_a_store"
+            | "newer_format"
+            | "moved" => exit::REJECTED,
+            "timeout" | "firestore" | "storage_full" | "storage_failed" | "outcome_unknown" => {
+                exit::UNAVAILABLE
+            }
+            "permission_denied" => exit::DENIED,
+            "corrupt" => exit::INTEGRITY,
+            _ => exit::OTHER,
+        };
+        let mut message = error.to_string();
+        let mut below = std::error::Error::source(&error);
+        while let Some(cause) = below {
+            let cause_text = cause.to_string();
+            if !message.contains(&cause_text) {
+                message = format!("{message}: {cause_text}");
+            }
+            below = cause.source();
+        }
+        let mut failure = Self::new(exit, error.code(), message);
+        failure.retryable = error.is_transient();
+        failure.hint = error.hint().map(str::to_owned);
+        let conflict = match &error {
+            Error::TransactionFailed { source, .. } => source.as_ref(),
+            other => other,
+        };
+        if let Error::VersionConflict { governor, state, expected, actual } = conflict {
+            failure.detail = Map::from_iter([
+                ("address".to_owned(), json!(format!("{governor}/{state}"))),
+                ("expected".to_owned(), json!(expected)),
+                ("actual".to_owned(), json!(actual)),
+            ]);
+        }
+        if let Error::OutcomeUnknown { event_id, version, .. } = &error {
+            failure = failure.with("event_id", event_id.as_str()).with("version", *version);
+        }
+        failure
+    }
+}
+
+/// An error of the operating system on a file or stream that the user named.
+pub(crate) fn io(what: &str, error: &std::io::Error) -> Failure {
+    use std::io::ErrorKind;
+    let exit = match error.kind() {
+        ErrorKind::NotFound => exit::NOT_FOUND,
+        ErrorKind::PermissionDenied => exit::DENIED,
+        ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof => {
+            exit::REJECTED
+        }
+        _ => exit::OTHER,
+    };
+    Failure::new(exit, "io", format!("{what}: {error}"))
+}

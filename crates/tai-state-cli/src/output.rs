@@ -1,0 +1,177 @@
+//! All that is written to standard output: tables for people, JSON for programs.
+
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use comfy_table::{Table, presets};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::{Value, json};
+use tai_state::{Event, StateRecord};
+
+use crate::args::{Format, Global};
+use crate::failure::{Outcome, io as io_failure};
+
+/// Text in which nothing steers a terminal: control characters and the marks that turn the
+/// direction of writing are shown as escapes.
+pub(crate) fn visible(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        let steers = (c.is_control() && c != '\n')
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
+        if steers {
+            let _ = write!(shown, "\\u{{{:x}}}", u32::from(c));
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
+pub(crate) fn time(time: &DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::AutoSi, true)
+}
+
+/// A state as programs get it.
+pub(crate) fn state_json(record: &StateRecord) -> Value {
+    let snapshot = &record.snapshot;
+    let mut object = json!({
+        "governor_id": record.governor_id,
+        "state_id": snapshot.id,
+        "version": snapshot.version,
+        "timestamp": time(&snapshot.timestamp),
+        "data": snapshot.data,
+        "metadata": snapshot.metadata,
+        "causality": snapshot.causality,
+        "hash": record.hash,
+    });
+    mark_deleted(&mut object, record.deleted);
+    object
+}
+
+/// An event as programs get it. `from_state` and `to_state` are the data before and after.
+pub(crate) fn event_json(event: &Event) -> Value {
+    let mut object = json!({
+        "id": event.id,
+        "governor_id": event.governor_id,
+        "state_id": event.to_state.id,
+        "version": event.version(),
+        "action": event.action,
+        "timestamp": time(&event.timestamp),
+        "from_state": event.from_state.as_ref().map(|state| &state.data),
+        "to_state": event.to_state.data,
+        "metadata": event.metadata,
+        "causality": event.causality,
+        "hash": event.hash,
+    });
+    mark_deleted(&mut object, event.deleted);
+    object
+}
+
+fn mark_deleted(object: &mut Value, deleted: bool) {
+    if let Value::Object(fields) = object
+        && deleted
+    {
+        fields.insert("deleted".into(), true.into());
+    }
+}
+
+/// Writes a line and flushes, so that a reader has it before anything else happens. A reader that
+/// went away is no error of ours: the command ends.
+pub(crate) fn line(text: &str) -> Outcome {
+    let mut out = io::stdout().lock();
+    match out
+        .write_all(text.as_bytes())
+        .and_then(|()| out.write_all(b"\n"))
+        .and_then(|()| out.flush())
+    {
+        Ok(()) => Ok(()),
+        Err(error) => Err(io_failure("standard output", &error)),
+    }
+}
+
+/// Writes rows as one of the formats. For `json` they are one array.
+pub(crate) struct Rows {
+    format: Format,
+    table: Table,
+    first: bool,
+}
+
+impl Rows {
+    pub(crate) fn new(format: Format, headings: &[&str]) -> Self {
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING).set_header(headings);
+        Self { format, table, first: true }
+    }
+
+    pub(crate) fn push(&mut self, object: &Value, cells: &[String]) -> Outcome {
+        match self.format {
+            Format::Table => {
+                self.table.add_row(cells.iter().map(|cell| visible(cell)));
+                Ok(())
+            }
+            Format::Jsonl => line(&object.to_string()),
+            Format::Json => {
+                let start = if std::mem::take(&mut self.first) { "[" } else { "," };
+                line(&format!("{start}{object}"))
+            }
+        }
+    }
+
+    pub(crate) fn finish(self) -> Outcome {
+        match self.format {
+            Format::Table if self.table.is_empty() => Ok(()),
+            Format::Table => line(&self.table.trim_fmt()),
+            Format::Jsonl => Ok(()),
+            Format::Json if self.first => line("[]"),
+            Format::Json => line("]"),
+        }
+    }
+}
+
+/// Writes one object: as JSON, or as the text for people.
+pub(crate) fn object(format: Format, object: &Value, text: &str) -> Outcome {
+    match format {
+        Format::Table => line(&visible(text)),
+        Format::Json | Format::Jsonl => line(&object.to_string()),
+    }
+}
+
+/// JSON for people.
+pub(crate) fn pretty(value: &Value) -> String {
+    serde_json::to_string_pretty(value).unwrap_or_else(|_| value.to_string())
+}
+
+/// A progress bar on standard error; off a terminal one plain line every ten seconds.
+pub(crate) fn progress(global: &Global, what: &'static str, total: Option<u64>) -> ProgressBar {
+    let bar = match total {
+        Some(total) => ProgressBar::new(total),
+        None => ProgressBar::no_length(),
+    };
+    let template = match total {
+        Some(_) => "{msg} {wide_bar} {human_pos}/{human_len} {per_sec} {eta}",
+        None => "{msg} {spinner} {human_pos} {per_sec}",
+    };
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_message(what);
+    if global.no_progress {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    } else if !io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+        let watched = bar.clone();
+        tokio::spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_secs(10));
+            ticks.tick().await;
+            while !watched.is_finished() {
+                ticks.tick().await;
+                if !watched.is_finished() {
+                    eprintln!("{what}: {} so far", watched.position());
+                }
+            }
+        });
+    }
+    bar
+}
