@@ -115,8 +115,9 @@ impl EmbeddedBackend {
 impl Drop for EmbeddedBackend {
     /// Waits for the writer, so that after the drop the file is closed and whole in itself.
     fn drop(&mut self) {
-        drop(self.requests.take());
+        // The writer's connection closes last: it is the one that may fold the log into the file.
         self.pool.close();
+        drop(self.requests.take());
         if let Some(writer) = self.writer.take() {
             let _ = writer.join();
         }

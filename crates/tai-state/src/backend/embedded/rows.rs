@@ -81,7 +81,56 @@ pub(crate) fn named_row(conn: &Connection, key: &Key) -> Rows<Option<Row>> {
         }
     }
     absent_by_hash(conn, sql, key)?;
+    refuse_lost_indexes(conn, sql, key)?;
     Ok(None)
+}
+
+/// Before "absent" is believed: the newest row of the table must be found by both of its indexes,
+/// and the newest governor by its name. An index whose root was lost finds nothing, and would call
+/// everything absent.
+fn refuse_lost_indexes(conn: &Connection, sql: &Statements, key: &Key) -> Rows<()> {
+    let lost = |what: &str| Err(corrupt(key, format!("{what} does not find what is there")));
+    let newest_governor = conn
+        .prepare_cached("SELECT id, name FROM governor ORDER BY id DESC LIMIT 1")?
+        .query_row([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))
+        .optional()?;
+    if newest_governor.as_ref().map_or(0, |(id, _)| *id)
+        != i64::try_from(super::file::governors(conn)?).unwrap_or(0)
+    {
+        return lost("the table of governors");
+    }
+    if let Some((id, name)) = newest_governor {
+        let found = conn
+            .prepare_cached("SELECT id FROM governor WHERE name = ?1")?
+            .query_row([name], |row| row.get::<_, i64>(0))
+            .optional()?;
+        if found != Some(id) {
+            return lost("the index of governors");
+        }
+    }
+    let newest = conn
+        .prepare_cached(sql.newest)?
+        .query_row([], |row| {
+            let (id, governor, name) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            Ok::<(i64, i64, String, i64), _>((id, governor, name, row.get(3)?))
+        })
+        .optional()?;
+    let Some((id, of, name, hash)) = newest else {
+        // Rows of states are never removed.
+        let states = governor(conn, &key.governor)?.map_or(0, |governor| governor.states);
+        return if key.kind == Kind::States && states > 0 { lost("the table") } else { Ok(()) };
+    };
+    let by_name = conn
+        .prepare_cached(sql.get)?
+        .query_row(params![of, name], |row| row.get::<_, i64>(0))
+        .optional()?;
+    let mut statement = conn.prepare_cached(sql.ids_by_hash)?;
+    let by_hash: Vec<i64> =
+        statement.query_map([hash], |row| row.get(0))?.collect::<Result<_, _>>()?;
+    if by_name != Some(id) || !by_hash.contains(&id) {
+        return lost("an index");
+    }
+    Ok(())
 }
 
 /// Fails when the hash index knows a row that the unique index did not find.

@@ -60,6 +60,10 @@ pub(crate) struct Statements {
     pub(crate) get: &'static str,
     /// Unversioned only: by the hash of the key.
     pub(crate) get_by_hash: &'static str,
+    /// Unversioned only: ids of the rows with a hash.
+    pub(crate) ids_by_hash: &'static str,
+    /// Unversioned only: the row that was made last.
+    pub(crate) newest: &'static str,
     pub(crate) scan: &'static str,
     pub(crate) insert: &'static str,
     pub(crate) update: &'static str,
@@ -76,6 +80,8 @@ macro_rules! named {
                 "SELECT coalesce(g.name, ''), t.name, t.revision, t.body, t.crc FROM ", $table,
                 " t INDEXED BY ", $table, "_by_hash LEFT JOIN governor g ON g.id = t.governor WHERE t.key_hash = ?1"
             ),
+            ids_by_hash: concat!("SELECT id FROM ", $table, " INDEXED BY ", $table, "_by_hash WHERE key_hash = ?1"),
+            newest: concat!("SELECT id, governor, name, key_hash FROM ", $table, " ORDER BY id DESC LIMIT 1"),
             // From the last name on, that name included: it must still be there, or the index is damaged.
             scan: concat!("SELECT name, revision, body, crc FROM ", $table, " WHERE governor = ?1 AND name >= ?2 ORDER BY name"),
             insert: concat!("INSERT INTO ", $table, " (governor, name, key_hash, revision, body, crc) VALUES (?1, ?2, ?3, ?4, ?5, ?6)"),
@@ -96,6 +102,8 @@ macro_rules! versioned {
                 " WHERE state = ?1 AND version = ?2"
             ),
             get_by_hash: "",
+            ids_by_hash: "",
+            newest: "",
             scan: concat!(
                 "SELECT version, revision, body, crc FROM ",
                 $table,
