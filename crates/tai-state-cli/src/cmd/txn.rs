@@ -81,6 +81,8 @@ pub(crate) async fn run(store: &StateStore, args: &Txn) -> Outcome {
                 break;
             }
         };
+        // Before anything is answered, so that with one at a time the answers keep their order.
+        let permit = Arc::clone(&permits).acquire_owned().await;
         let request = match parse(&text, number) {
             Ok(request) => request,
             Err(failure) => {
@@ -89,13 +91,13 @@ pub(crate) async fn run(store: &StateStore, args: &Txn) -> Outcome {
                 continue;
             }
         };
-        let permit = Arc::clone(&permits).acquire_owned().await;
         let manager = manager.clone();
         let actor = request.actor.clone().unwrap_or_else(|| args.actor.clone());
         tasks.spawn(async move {
             let answer = answer(&manager, &request, &actor).await;
+            let written = output::line(&answer.to_string());
             drop(permit);
-            output::line(&answer.to_string())
+            written
         });
         while let Some(done) = tasks.try_join_next() {
             joined(done)?;

@@ -1,1 +1,156 @@
+//! What only the inside of the embedded backend can show.
 
+use std::sync::Arc;
+
+use serde_json::json;
+
+use super::*;
+use crate::backend::{Body, Precondition, Write};
+use crate::{ChangeMetadata, Error, StateSnapshot, StateStore, StoreOptions};
+
+fn put(name: &str) -> Write {
+    let key = Key {
+        governor: Name::escape("g", "id").unwrap(),
+        kind: Kind::States,
+        name: Name::escape(name, "id").unwrap(),
+        version: 0,
+    };
+    Write::put(key, Body::new(&json!({"n": 1})).unwrap(), Precondition::Any)
+}
+
+async fn open(path: &Path) -> crate::Result<EmbeddedBackend> {
+    EmbeddedBackend::open(path, true, false).await
+}
+
+fn raw(path: &Path) -> Connection {
+    Connection::open(path).unwrap()
+}
+
+#[tokio::test]
+async fn a_newer_format_is_refused_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    drop(open(&path).await.unwrap());
+    let conn = raw(&path);
+    file::set_format(&conn, 2);
+    conn.close().unwrap();
+    let before = std::fs::read(&path).unwrap();
+    let refused = open(&path).await.unwrap_err();
+    assert!(matches!(refused, Error::NewerFormat { found: 2, supported: 1, .. }), "{refused}");
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_moved_store_refuses_writes_and_says_where_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    backend.commit(vec![put("a")]).await.unwrap();
+    file::set_moved_to(&raw(&path), "firestore://new-home");
+    let refused = backend.commit(vec![put("b")]).await.unwrap_err();
+    assert!(
+        matches!(&refused, BackendError::Moved(to) if to == "firestore://new-home"),
+        "{refused}"
+    );
+    let store = StateStore::with_backend(Arc::new(backend), StoreOptions::default());
+    let why = ChangeMetadata::new("test", "", None);
+    let state = StateSnapshot::new("s".into(), json!(1), why.clone());
+    let refused = store.save_state("g", "s", state, why).await.unwrap_err();
+    assert_eq!(refused.code(), "moved");
+}
+
+#[tokio::test]
+async fn commits_are_synced_and_settings_in_force() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    let conn = file::connect(&path).unwrap();
+    let setting =
+        |name: &str| conn.pragma_query_value(None, name, |row| row.get::<_, i64>(0)).unwrap();
+    assert_eq!(
+        (setting("synchronous"), setting("auto_vacuum"), setting("wal_autocheckpoint")),
+        (2, 2, 0)
+    );
+    let mode: String = conn.pragma_query_value(None, "journal_mode", |row| row.get(0)).unwrap();
+    assert_eq!(mode, "wal");
+    drop(backend);
+}
+
+#[tokio::test]
+async fn a_vacuum_from_outside_is_no_damage() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    for n in 0..50 {
+        backend.commit(vec![put(&format!("s{n}"))]).await.unwrap();
+    }
+    drop(backend);
+    raw(&path).execute_batch("DROP INDEX command_by_hash; CREATE INDEX command_by_hash ON command (key_hash); VACUUM").unwrap();
+    let backend = open(&path).await.unwrap();
+    assert_eq!(backend.count(None, Kind::States).await.unwrap(), 50);
+}
+
+#[tokio::test]
+async fn other_tables_are_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    drop(open(&path).await.unwrap());
+    raw(&path).execute_batch("DROP INDEX state_by_hash").unwrap();
+    assert_eq!(open(&path).await.unwrap_err().code(), "corrupt");
+}
+
+/// What was edited by hand has the old check.
+#[tokio::test]
+async fn an_edited_row_is_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    backend.commit(vec![put("a"), put("b")]).await.unwrap();
+    for edit in [
+        "UPDATE state SET body = '{\"n\":2}' WHERE name = 'a'",
+        "UPDATE state SET revision = revision + 1 WHERE name = 'a'",
+        "UPDATE state SET name = 'c' WHERE name = 'a'",
+        "UPDATE state SET key_hash = 1 WHERE name = 'a'; UPDATE state SET name = 'd' WHERE name = 'a'",
+    ] {
+        raw(&path).execute_batch("SAVEPOINT s").unwrap();
+        let copy = folder.path().join("copy.tai");
+        raw(&path).execute_batch(&format!("VACUUM INTO '{}'", copy.display())).unwrap();
+        raw(&copy).pragma_update(None, "journal_mode", "WAL").unwrap();
+        raw(&copy).execute_batch(edit).unwrap();
+        let damaged = open(&copy).await.unwrap();
+        let mut noticed = false;
+        for name in ["a", "c", "d"] {
+            let found = damaged.get(&[put(name).key]).await;
+            noticed |= matches!(found, Err(BackendError::Corrupt { .. }));
+            assert!(
+                !matches!(&found, Ok(found) if found.iter().any(|d| d.as_ref().is_some_and(|d| d.body.as_text() != "{\"n\":1}")))
+            );
+        }
+        assert!(noticed, "{edit}");
+        drop(damaged);
+        std::fs::remove_file(&copy).unwrap();
+    }
+}
+
+/// Dropping the handle answers what waits and leaves one whole file.
+#[tokio::test]
+async fn after_the_drop_there_is_one_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = Arc::new(open(&path).await.unwrap());
+    for n in 0..20 {
+        let backend = Arc::clone(&backend);
+        let write = put(&format!("s{n}"));
+        // The future is dropped at once; the commit happens whole or not at all.
+        let _ = tokio::time::timeout(std::time::Duration::ZERO, async move {
+            backend.commit(vec![write]).await
+        })
+        .await;
+    }
+    let reads = backend.get(&[put("s0").key]).await.unwrap();
+    assert_eq!(reads.len(), 1);
+    drop(backend);
+    let names: Vec<_> =
+        std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["a.tai"]);
+}

@@ -1,0 +1,256 @@
+//! Files that are not a store, that may not be touched, or that have no room: each a typed error, and
+//! nothing is changed.
+
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+
+mod common;
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{counter, snapshot, why};
+use serde_json::json;
+use tai_state::{Error, StateStore, StoreOptions};
+
+async fn code_of(path: &Path) -> String {
+    match StateStore::open(path).await {
+        Ok(_) => "ok".to_owned(),
+        Err(error) => {
+            let text = error.to_string();
+            assert!(text.contains(path.file_name().unwrap().to_str().unwrap()), "{text}");
+            assert!(error.hint().is_some(), "{text}");
+            error.code().to_owned()
+        }
+    }
+}
+
+async fn store_at(path: &Path) -> Vec<u8> {
+    let store = StateStore::open(path).await.unwrap();
+    store.save_state("g", "s", counter(1), why()).await.unwrap();
+    drop(store);
+    fs::read(path).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_store_is_refused_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let good = store_at(&at("good.tai")).await;
+    let foreign = at("foreign.tai");
+    rusqlite::Connection::open(&foreign).unwrap().execute_batch("CREATE TABLE t (x)").unwrap();
+    let flipped = |at: usize| {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        bytes
+    };
+    for (name, bytes, code) in [
+        ("empty.tai", Vec::new(), "not_a_store"),
+        ("text.tai", b"hello, this is a text file\n".repeat(100), "not_a_store"),
+        ("short.tai", b"x".to_vec(), "not_a_store"),
+        ("foreign.tai", fs::read(&foreign).unwrap(), "not_a_store"),
+        ("zeros.tai", vec![0; 8192], "corrupt"),
+        ("magic.tai", flipped(3), "corrupt"),
+        ("name.tai", flipped(69), "corrupt"),
+        ("pages.tai", flipped(17), "corrupt"),
+        ("header.tai", good[..50].to_vec(), "corrupt"),
+        ("half.tai", good[..good.len() / 2 + 100].to_vec(), "corrupt"),
+        ("page.tai", good[..4096].to_vec(), "corrupt"),
+    ] {
+        let path = at(name);
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(code_of(&path).await, code, "{name}");
+        assert!(fs::read(&path).unwrap() == bytes, "{name} was changed");
+    }
+    fs::create_dir(at("directory.tai")).unwrap();
+    assert_eq!(code_of(&at("directory.tai")).await, "not_a_store");
+    std::os::unix::fs::symlink(at("loop.tai"), at("loop.tai")).unwrap();
+    assert_eq!(code_of(&at("loop.tai")).await, "not_a_store");
+    assert_eq!(code_of(&at("no/such/folder.tai")).await, "not_a_store");
+    assert_eq!(code_of(Path::new("/dev/null")).await, "not_a_store");
+    let pipe = at("pipe.tai");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    assert_eq!(code_of(&pipe).await, "not_a_store");
+    fs::write(at("orphan.tai-wal"), b"a log without its file").unwrap();
+    assert_eq!(code_of(&at("orphan.tai")).await, "not_a_store");
+    assert!(!at("orphan.tai").exists());
+    let mut options = StoreOptions::default();
+    options.create = false;
+    let missing = StateStore::open_with(at("missing.tai"), options).await.unwrap_err();
+    assert!(matches!(missing, Error::NotAStore { .. }), "{missing}");
+    assert!(!at("missing.tai").exists(), "a mistyped name left a file behind");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_file_is_private_and_leaves_nothing_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("new.tai");
+    store_at(&path).await;
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+/// Two that make the same file: one makes it, both use it.
+#[tokio::test(flavor = "multi_thread")]
+async fn racing_creations_make_one_store() {
+    let folder = tempfile::tempdir().unwrap();
+    for round in 0..10 {
+        let path = folder.path().join(format!("{round}.tai"));
+        let mut tasks = tokio::task::JoinSet::new();
+        for n in 0..6 {
+            let path = path.clone();
+            tasks.spawn(async move {
+                let store = StateStore::open(&path).await.unwrap();
+                store.save_state("g", format!("s{n}"), counter(n), why()).await.unwrap();
+                store.identity().store
+            });
+        }
+        let identities = tasks.join_all().await;
+        assert!(identities.windows(2).all(|pair| pair[0] == pair[1]));
+        let store = StateStore::open(&path).await.unwrap();
+        assert_eq!(store.get_stats().await.unwrap().total_states, 6);
+    }
+}
+
+/// Permissions mean nothing to root, so this runs the test again as somebody else.
+#[test]
+fn files_that_may_not_be_touched() {
+    const INNER: &str = "TAI_STATE_TEST_UNPRIVILEGED";
+    if let Some(folder) = std::env::var_os(INNER) {
+        return unprivileged(&PathBuf::from(folder));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for name in ["readonly.tai", "secret.tai"] {
+        runtime.block_on(store_at(&folder.path().join(name)));
+    }
+    let set = |name: &str, mode| {
+        fs::set_permissions(folder.path().join(name), Permissions::from_mode(mode)).unwrap();
+    };
+    set("readonly.tai", 0o444);
+    set("secret.tai", 0o000);
+    set("", 0o555);
+    let mut again = Command::new(std::env::current_exe().unwrap());
+    again
+        .args(["--exact", "files_that_may_not_be_touched", "--nocapture"])
+        .env(INNER, folder.path());
+    let is_root = fs::read_to_string("/proc/self/status")
+        .is_ok_and(|status| status.lines().any(|line| line.starts_with("Uid:\t0\t")));
+    // The test program itself may stand in a folder that only root can enter.
+    let copy = tempfile::tempdir().unwrap();
+    if is_root {
+        use std::os::unix::process::CommandExt;
+        let program = copy.path().join("test");
+        fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+        fs::set_permissions(copy.path(), Permissions::from_mode(0o755)).unwrap();
+        fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+        again = Command::new(program);
+        again.args(["--exact", "files_that_may_not_be_touched", "--nocapture"]);
+        again.env(INNER, folder.path()).current_dir("/").uid(65_534).gid(65_534);
+    }
+    let output = again.output().unwrap();
+    set("", 0o755);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    assert!(text.contains("refused 3 of 3"), "{text}");
+}
+
+fn unprivileged(folder: &Path) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut refused = 0;
+    for name in ["readonly.tai", "secret.tai", "new.tai"] {
+        let code = runtime.block_on(code_of(&folder.join(name)));
+        assert_eq!(code, "permission_denied", "{name}");
+        refused += 1;
+    }
+    println!("refused {refused} of 3");
+}
+
+/// A small disk that fills up: nothing acknowledged is lost, reading goes on, and writing goes on as
+/// soon as there is space again, on the same handle.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = folder.path().join("disk");
+    fs::create_dir(&disk).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=6m", "none"])
+        .arg(&disk)
+        .output()
+        .is_ok_and(|output| output.status.success());
+    if !mounted {
+        println!("SKIPPED: a_full_disk needs to mount a small tmpfs, which is not allowed here");
+        return;
+    }
+    // In a task, so that the disk is unmounted whatever happens.
+    let full = disk.clone();
+    let outcome = tokio::spawn(async move { fill(&full).await }).await;
+    let _ = Command::new("umount").arg(&disk).status();
+    outcome.unwrap();
+}
+
+async fn fill(disk: &Path) {
+    let path = disk.join("store.tai");
+    let store = StateStore::open(&path).await.unwrap();
+    let mut acknowledged = 0u64;
+    for round in 0..5 {
+        let filler = disk.join("filler");
+        let mut refused = None;
+        for _ in 0..2_000 {
+            // Three quarters of the disk go to the filler, so that each round is short.
+            if !filler.exists() {
+                let _ = fs::write(&filler, vec![1; 3 << 20]);
+            }
+            let data = snapshot("s", json!({"n": acknowledged, "filler": "x".repeat(20_000)}));
+            match store.save_state("g", "s", data, why()).await {
+                Ok(version) => acknowledged = version,
+                Err(error) => {
+                    refused = Some(error);
+                    break;
+                }
+            }
+        }
+        let error = refused.expect("the disk never filled");
+        assert_eq!(error.code(), "storage_full", "round {round}: {error}");
+        assert_eq!(store.get_state("g", "s").await.unwrap().1, acknowledged);
+        fs::remove_file(&filler).unwrap();
+        if fs::metadata(&path).unwrap().len() > 2 << 20 {
+            break;
+        }
+        let version = store.save_state("g", "s", counter(round), why()).await.unwrap();
+        assert_eq!(version, acknowledged + 1, "a refused change made a version");
+        acknowledged = version;
+    }
+    assert!(store.verify(|_| {}).await.unwrap().ok);
+    drop(store);
+    let store = StateStore::open(&path).await.unwrap();
+    assert!(store.get_state("g", "s").await.unwrap().1 >= acknowledged);
+    assert!(store.verify(|_| {}).await.unwrap().ok);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cloud_run_is_refused_unless_told_otherwise() {
+    const INNER: &str = "K_SERVICE";
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cloud.tai");
+    if std::env::var_os(INNER).is_some() {
+        let refused = StateStore::open(&path).await.unwrap_err();
+        assert_eq!(refused.code(), "invalid_state", "{refused}");
+        assert!(refused.to_string().contains("firestore://"), "{refused}");
+        assert!(!path.exists());
+        let mut options = StoreOptions::default();
+        options.allow_ephemeral_disk = true;
+        StateStore::open_with(&path, options).await.unwrap();
+        println!("refused as it must be");
+        return;
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "cloud_run_is_refused_unless_told_otherwise", "--nocapture"])
+        .env(INNER, "my-service")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && text.contains("refused as it must be"), "{text}");
+}
