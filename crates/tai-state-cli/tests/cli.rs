@@ -323,10 +323,10 @@ fn verify_names_what_is_damaged() {
     let mut bytes = std::fs::read(&store.file).unwrap();
     // In every long text, since some stand in pages that are free by now.
     let mut run = 0;
-    for at in 0..bytes.len() {
-        run = if bytes[at] == b'x' { run + 1 } else { 0 };
+    for byte in &mut bytes {
+        run = if *byte == b'x' { run + 1 } else { 0 };
         if run == 500 {
-            bytes[at] = b'y';
+            *byte = b'y';
         }
     }
     std::fs::write(&store.file, &bytes).unwrap();

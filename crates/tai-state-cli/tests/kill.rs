@@ -1,7 +1,7 @@
 //! SIGKILL at a random moment: what was acknowledged is there, and the store opens and proves.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods)]
 
 mod common;
 

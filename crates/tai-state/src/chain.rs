@@ -249,6 +249,43 @@ mod tests {
         );
     }
 
+    /// The golden vectors: each line is what is hashed, as JSON, and the hash that it must have. They
+    /// were computed by another program (`tests/golden/chain.py`), so that a mistake here cannot
+    /// agree with itself. A change of this file is a change of the stored format.
+    #[test]
+    fn golden_vectors() {
+        let lines = include_str!("../tests/golden/chain.jsonl");
+        let mut count = 0;
+        for line in lines.lines() {
+            let vector: Value = crate::json::parse(line, "golden").unwrap();
+            let hashed = &vector["hashed"];
+            let text = |key: &str| hashed[key].as_str().unwrap().to_owned();
+            let change = Change {
+                address: Address::new(&text("governor_id"), &text("state_id")).unwrap(),
+                version: hashed["version"].as_u64().unwrap(),
+                id: text("id"),
+                action: text("action"),
+                timestamp: text("timestamp").parse().unwrap(),
+                causality: serde_json::from_value(hashed["causality"].clone()).unwrap(),
+                metadata: serde_json::from_value(hashed["metadata"].clone()).unwrap(),
+                deleted: hashed["deleted"].as_bool().unwrap(),
+                data: hashed["data"].clone(),
+                prev_hash: serde_json::from_value(hashed["prev_hash"].clone()).unwrap(),
+                hash: Change::NO_HASH,
+            };
+            let mut written = Vec::new();
+            change.write_hashed(&mut written).unwrap();
+            assert_eq!(String::from_utf8(written).unwrap(), crate::json::canonical(hashed));
+            assert_eq!(
+                change.expected_hash().to_string(),
+                vector["hash"].as_str().unwrap(),
+                "{line}"
+            );
+            count += 1;
+        }
+        assert_eq!(count, 6);
+    }
+
     #[test]
     fn hex_is_read_strictly() {
         let hex = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";

@@ -3,9 +3,9 @@
 //!
 //! **Canonical text**: no white space; the keys of an object in the order of their UTF-8 bytes;
 //! strings with the escapes that JSON demands and no others (`\"`, `\\`, `\b`, `\t`, `\n`, `\f`,
-//! `\r`, `\u00xx` in lower case for the other control characters); integers in decimal; doubles in
-//! the shortest decimal form that reads back as the same double, with `.0` where they would look
-//! like an integer. Equal values have equal texts, and different values different ones.
+//! `\r`, `\u00xx` in lower case for the other control characters); integers in decimal; doubles with
+//! the fewest digits that read back as the same double: from 1e-5 up to 1e16 as a plain decimal with
+//! a point (`0.1`, `1.0`), else with an exponent (`1e-7`, `1.5e300`). Equal values have equal texts, and different values different ones.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -33,7 +33,10 @@ pub(crate) fn write_canonical(value: &Value, out: &mut impl Write) -> io::Result
         Value::Null => out.write_all(b"null"),
         Value::Bool(true) => out.write_all(b"true"),
         Value::Bool(false) => out.write_all(b"false"),
-        Value::Number(number) => write!(out, "{number}"),
+        Value::Number(number) => match number.as_f64().filter(|_| number.is_f64()) {
+            Some(double) => write_double(double, out),
+            None => write!(out, "{number}"),
+        },
         Value::String(text) => write_string(text, out),
         Value::Array(items) => {
             out.write_all(b"[")?;
@@ -61,6 +64,33 @@ pub(crate) fn write_canonical(value: &Value, out: &mut impl Write) -> io::Result
             }
             out.write_all(b"}")
         }
+    }
+}
+
+/// A double in its canonical form. Written here and not left to a library, whose next version may
+/// prefer another spelling: hashes depend on it. The digits are the shortest that read back as the
+/// same double, which is a property of the number and not of who prints it.
+fn write_double(double: f64, out: &mut impl Write) -> io::Result<()> {
+    let scientific = format!("{double:e}");
+    let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    let exponent: i32 = exponent.parse().map_err(io::Error::other)?;
+    if !(-5..16).contains(&exponent) {
+        return write!(out, "{mantissa}e{exponent}");
+    }
+    let (sign, mantissa) = match mantissa.strip_prefix('-') {
+        Some(positive) => ("-", positive),
+        None => ("", mantissa),
+    };
+    let digits: String = mantissa.chars().filter(char::is_ascii_digit).collect();
+    let point = usize::try_from(exponent + 1).unwrap_or(0);
+    if exponent < 0 {
+        let zeros = "0".repeat(exponent.unsigned_abs() as usize - 1);
+        return write!(out, "{sign}0.{zeros}{digits}");
+    }
+    match digits.split_at_checked(point) {
+        Some((whole, "")) => write!(out, "{sign}{whole}.0"),
+        Some((whole, part)) => write!(out, "{sign}{whole}.{part}"),
+        None => write!(out, "{sign}{digits}{}.0", "0".repeat(point - digits.len())),
     }
 }
 
@@ -331,6 +361,15 @@ mod tests {
             (json!(0.1 + 0.2), "0.30000000000000004"),
             (json!(-0.0), "-0.0"),
             (json!(1.0), "1.0"),
+            (json!(1e15), "1000000000000000.0"),
+            (json!(1e16), "1e16"),
+            (json!(1.5e300), "1.5e300"),
+            (json!(-123.456), "-123.456"),
+            (json!(0.000_012_5), "0.0000125"),
+            (json!(-0.000_001), "-1e-6"),
+            (json!(5e-324), "5e-324"),
+            (json!(f64::MAX), "1.7976931348623157e308"),
+            (json!(12_345_678_901_234.5), "12345678901234.5"),
             (json!(u64::MAX), "18446744073709551615"),
         ];
         for (value, text) in cases {
@@ -383,6 +422,16 @@ mod tests {
             let text = canonical(&value);
             prop_assert_eq!(parse(&text, "x").unwrap(), value.clone());
             prop_assert_eq!(measure(&value, "x").unwrap().text, text.len() as u64);
+        }
+
+        #[test]
+        fn doubles_keep_every_bit(bits in any::<u64>()) {
+            let double = f64::from_bits(bits);
+            prop_assume!(double.is_finite());
+            let mut text = Vec::new();
+            write_double(double, &mut text).unwrap();
+            let back: f64 = serde_json::from_slice(&text).unwrap();
+            prop_assert_eq!(back.to_bits(), bits);
         }
 
         #[test]

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use lru::LruCache;
 
 use crate::backend::{
-    Backend, BackendError, Document, Key, Kind, Name, Precondition, Range, Read, Revision, Scan,
-    Write,
+    Backend, BackendError, Document, Identity, Key, Kind, Name, Precondition, Range, Read,
+    Revision, Scan, Write,
 };
 use crate::chain::Change;
 use crate::clock::Stopwatch;
@@ -45,6 +45,19 @@ pub(crate) struct Guard {
 /// After so many refusals on an unchanged head the head is not behind, it is wrong.
 const STUCK_AFTER: u32 = 12;
 
+/// One cut of the store, held for a short time.
+#[derive(Debug)]
+pub(crate) struct View {
+    read: Box<dyn Read>,
+    location: String,
+}
+
+impl View {
+    pub(crate) fn reader(&self) -> Reader<'_> {
+        Reader { read: self.read.as_ref(), location: &self.location }
+    }
+}
+
 /// Typed reading through a backend or one of its views.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Reader<'a> {
@@ -52,11 +65,7 @@ pub(crate) struct Reader<'a> {
     location: &'a str,
 }
 
-impl<'a> Reader<'a> {
-    pub(crate) fn new(read: &'a dyn Read, location: &'a str) -> Self {
-        Self { read, location }
-    }
-
+impl Reader<'_> {
     fn lift(self, error: BackendError) -> Error {
         lift(error, self.location)
     }
@@ -186,8 +195,13 @@ impl Records {
         Self { backend, location, node, options, remembered }
     }
 
-    pub(crate) fn backend(&self) -> &dyn Backend {
-        self.backend.as_ref()
+    pub(crate) fn identity(&self) -> Identity {
+        self.backend.identity()
+    }
+
+    /// What the engine finds when it looks through its own structure.
+    pub(crate) async fn check_structure(&self) -> Result<Vec<String>> {
+        self.backend.check_structure().await.map_err(|error| lift(error, &self.location))
     }
 
     pub(crate) fn location(&self) -> &str {
@@ -199,11 +213,13 @@ impl Records {
     }
 
     pub(crate) fn reader(&self) -> Reader<'_> {
-        Reader::new(self.backend.as_ref(), &self.location)
+        Reader { read: self.backend.as_ref(), location: &self.location }
     }
 
-    pub(crate) async fn view(&self) -> Result<Box<dyn Read>> {
-        self.backend.view().await.map_err(|error| lift(error, &self.location))
+    /// A reader whose answers all come from one cut.
+    pub(crate) async fn view(&self) -> Result<View> {
+        let read = self.backend.view().await.map_err(|error| lift(error, &self.location))?;
+        Ok(View { read, location: self.location.clone() })
     }
 
     /// Reads a head and remembers it for the next change.
@@ -319,7 +335,7 @@ impl Records {
         let mut heads = Vec::new();
         for group in groups {
             let base = group.base.as_ref().map(|known| known.revision);
-            let (logged, head) = transition::writes(&group.transitions, base)?;
+            let (logged, head) = schema::writes(&group.transitions, base)?;
             writes.extend(logged);
             heads.push(head);
         }

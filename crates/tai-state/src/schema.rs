@@ -1,4 +1,4 @@
-//! The bodies of documents: the only place that spells a field's name.
+//! The documents that a change becomes: the only place that spells a field's name.
 //!
 //! Heads, events and saved snapshots all hold one whole change and its hash, so each proves itself.
 //! See `docs/data-model.md`.
@@ -7,13 +7,13 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::backend::{Body, Document};
+use crate::backend::{Body, Document, Operation, Precondition, Revision, Write};
 use crate::chain::{Change, FORMAT, Hash, format_time};
 use crate::clock_vector::VectorClockSnapshot;
 use crate::error::{Error, Result};
 use crate::keys::Address;
 use crate::state::ChangeMetadata;
-use crate::transition::Head;
+use crate::transition::{Head, Transition};
 
 #[derive(Serialize)]
 struct HeadOut<'a> {
@@ -89,11 +89,50 @@ struct ChangeIn {
     first_version: u64,
 }
 
+/// The writes of several transitions of one state that follow one another: events and saved
+/// snapshots, and then the one head. `base` is the revision of the head that the first of them was
+/// planned on.
+pub(crate) fn writes(steps: &[Transition], base: Option<Revision>) -> Result<(Vec<Write>, Write)> {
+    let mut writes = Vec::with_capacity(steps.len() + 2);
+    for step in steps {
+        let change = &step.head.change;
+        let address = &change.address;
+        writes.push(Write::put(
+            address.event(change.version),
+            event_body(change)?,
+            Precondition::Absent,
+        ));
+        if step.save_snapshot {
+            writes.push(Write::put(
+                address.snapshot(change.version),
+                snapshot_body(change)?,
+                Precondition::Any,
+            ));
+        }
+        for version in &step.drop_snapshots {
+            let key = address.snapshot(*version);
+            // One saved and dropped within the same commit must not stand in it twice.
+            match writes.iter().position(|write: &Write| write.key == key) {
+                Some(at) => drop(writes.remove(at)),
+                None => writes.push(Write::delete(key, Precondition::Any)),
+            }
+        }
+    }
+    let newest = steps.last().ok_or_else(|| Error::refused("a commit", "it changes nothing"))?;
+    let guard = base.map_or(Precondition::Absent, Precondition::Revision);
+    let head = Write {
+        key: newest.head.change.address.head(),
+        operation: Operation::Put(head_body(&newest.head)?),
+        precondition: guard,
+    };
+    Ok((writes, head))
+}
+
 fn time<S: Serializer>(time: &&DateTime<Utc>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&format_time(time))
 }
 
-pub(crate) fn head_body(head: &Head) -> Result<Body> {
+fn head_body(head: &Head) -> Result<Body> {
     let change = &head.change;
     body(
         change,
@@ -115,7 +154,7 @@ pub(crate) fn head_body(head: &Head) -> Result<Body> {
     )
 }
 
-pub(crate) fn event_body(change: &Change) -> Result<Body> {
+fn event_body(change: &Change) -> Result<Body> {
     body(
         change,
         &EventOut {
@@ -136,7 +175,7 @@ pub(crate) fn event_body(change: &Change) -> Result<Body> {
     )
 }
 
-pub(crate) fn snapshot_body(change: &Change) -> Result<Body> {
+fn snapshot_body(change: &Change) -> Result<Body> {
     body(
         change,
         &SnapshotOut {
@@ -226,9 +265,10 @@ fn change(address: &Address, document: &Document, read: ChangeIn) -> Result<Chan
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Revision;
+    use crate::config::PersistenceConfig;
     use crate::testing::arbitrary_json;
-    use crate::transition::tests::change_with;
+    use crate::transition::Expect;
+    use crate::transition::tests::{change_with, put, request, run};
     use proptest::prelude::*;
 
     proptest! {
@@ -261,6 +301,21 @@ mod tests {
                 prop_assert_eq!(read, change);
             }
         }
+    }
+
+    /// Saved snapshots that come and go within one commit must not stand in it twice.
+    #[test]
+    fn no_document_stands_twice_in_a_commit() {
+        let policy = PersistenceConfig {
+            snapshot_interval: 3,
+            snapshot_retention: 2,
+            ..PersistenceConfig::default()
+        };
+        let requests: Vec<_> = (1..=12).map(|n| request(put(n), Expect::Any)).collect();
+        let (mut all, head) = writes(&run(&requests, &policy), None).unwrap();
+        all.push(head);
+        crate::backend::refuse_doubles(&all).unwrap();
+        assert_eq!(all.len(), 12 + 2 + 1);
     }
 
     #[test]

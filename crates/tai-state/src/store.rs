@@ -240,7 +240,7 @@ impl StateStore {
     /// Which store this is.
     #[must_use]
     pub fn identity(&self) -> Identity {
-        self.records.backend().identity()
+        self.records.identity()
     }
 
     /// Where it is; safe to log.

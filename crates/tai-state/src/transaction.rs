@@ -9,12 +9,11 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
-use crate::backend::Read;
 use crate::clock::{Stopwatch, new_event_id};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::keys::Address;
-use crate::records::{Guard, KnownHead, Reader, Records, Steps};
+use crate::records::{Guard, KnownHead, Records, Steps, View};
 use crate::state::{ChangeMetadata, StateSnapshot};
 use crate::store::{self, StateStore, not_found};
 use crate::transition::{Expect, Head, Request, Transition as Step};
@@ -40,7 +39,7 @@ pub struct Transaction {
 /// What was read and is to be written so far.
 #[derive(Debug, Default)]
 struct Work {
-    view: Option<Box<dyn Read>>,
+    view: Option<View>,
     states: BTreeMap<Address, Touched>,
     over: bool,
 }
@@ -361,7 +360,7 @@ impl Transaction {
             Some(view) => view,
             None => self.records.view().await?,
         };
-        let found = Reader::new(view.as_ref(), self.records.location()).heads(&missing).await;
+        let found = view.reader().heads(&missing).await;
         work.view = Some(view);
         for (address, base) in missing.into_iter().zip(found?) {
             work.states.insert(address, Touched { base, steps: Vec::new() });

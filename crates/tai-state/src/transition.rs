@@ -6,7 +6,6 @@
 use chrono::{DateTime, Datelike, Utc};
 use serde_json::Value;
 
-use crate::backend::{Operation, Precondition, Revision, Write};
 use crate::chain::Change;
 use crate::clock::to_micros;
 use crate::clock_vector::VectorClockSnapshot;
@@ -14,7 +13,6 @@ use crate::config::PersistenceConfig;
 use crate::error::{Error, Result};
 use crate::json::measure;
 use crate::keys::Address;
-use crate::schema;
 use crate::state::ChangeMetadata;
 
 /// The largest state, in bytes of canonical JSON and in bytes as Firestore counts native fields.
@@ -245,45 +243,6 @@ fn within(what: &str, size: u64, limit: u64) -> Result<()> {
     Err(Error::TooLarge { what: what.to_owned(), size, limit })
 }
 
-/// The writes of several transitions of one state that follow one another: events and saved
-/// snapshots, and then the one head. `base` is the revision of the head that the first of them was
-/// planned on.
-pub(crate) fn writes(steps: &[Transition], base: Option<Revision>) -> Result<(Vec<Write>, Write)> {
-    let mut writes = Vec::with_capacity(steps.len() + 2);
-    for step in steps {
-        let change = &step.head.change;
-        let address = &change.address;
-        writes.push(Write::put(
-            address.event(change.version),
-            schema::event_body(change)?,
-            Precondition::Absent,
-        ));
-        if step.save_snapshot {
-            writes.push(Write::put(
-                address.snapshot(change.version),
-                schema::snapshot_body(change)?,
-                Precondition::Any,
-            ));
-        }
-        for version in &step.drop_snapshots {
-            let key = address.snapshot(*version);
-            // One saved and dropped within the same commit must not stand in it twice.
-            match writes.iter().position(|write: &Write| write.key == key) {
-                Some(at) => drop(writes.remove(at)),
-                None => writes.push(Write::delete(key, Precondition::Any)),
-            }
-        }
-    }
-    let newest = steps.last().ok_or_else(|| Error::refused("a commit", "it changes nothing"))?;
-    let guard = base.map_or(Precondition::Absent, Precondition::Revision);
-    let head = Write {
-        key: newest.head.change.address.head(),
-        operation: Operation::Put(schema::head_body(&newest.head)?),
-        precondition: guard,
-    };
-    Ok((writes, head))
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -316,12 +275,12 @@ pub(crate) mod tests {
         plan(None, &request, time(0), "node", &policy).unwrap().head.change
     }
 
-    fn put(n: u64) -> Wish {
+    pub(crate) fn put(n: u64) -> Wish {
         Wish::Put(json!(n))
     }
 
     /// Plans one after the other from nothing.
-    fn run(requests: &[Request], policy: &PersistenceConfig) -> Vec<Transition> {
+    pub(crate) fn run(requests: &[Request], policy: &PersistenceConfig) -> Vec<Transition> {
         let mut steps: Vec<Transition> = Vec::new();
         for (second, request) in requests.iter().enumerate() {
             let head = steps.last().map(|step| &step.head);
@@ -412,12 +371,6 @@ pub(crate) mod tests {
         assert_eq!(saved, [3, 6, 9, 12]);
         assert_eq!(dropped, [3, 6]);
         assert_eq!(steps.last().unwrap().head.snapshot_versions, [9, 12]);
-
-        // All twelve in one commit: no document stands in it twice.
-        let (mut all, head) = writes(&steps, None).unwrap();
-        all.push(head);
-        crate::backend::refuse_doubles(&all).unwrap();
-        assert_eq!(all.len(), 12 + 2 + 1);
     }
 
     #[test]

@@ -107,9 +107,9 @@ impl StateStore {
             (Err(error), _) | (_, Err(error)) => proof.note(error)?,
             _ => {}
         }
-        match self.records.backend().check_structure().await {
+        match self.records.check_structure().await {
             Ok(found) => found.into_iter().for_each(|problem| proof.problem(problem)),
-            Err(error) => proof.note(crate::records::lift(error, self.location()))?,
+            Err(error) => proof.note(error)?,
         }
         let Proof { content, states, events, snapshots, problems } = proof;
         let ok = problems.is_empty();

@@ -212,7 +212,7 @@ async fn fill(disk: &Path) {
                 }
             }
         }
-        let error = refused.expect("the disk never filled");
+        let error = refused.unwrap_or_else(|| panic!("the disk never filled"));
         assert_eq!(error.code(), "storage_full", "round {round}: {error}");
         assert_eq!(store.get_state("g", "s").await.unwrap().1, acknowledged);
         fs::remove_file(&filler).unwrap();

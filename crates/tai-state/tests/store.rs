@@ -693,7 +693,7 @@ async fn hostile_ids_are_kept_or_refused(make: Make<'_>) {
         assert_eq!(store.event(id, id, 1).await.unwrap().governor_id, *id);
     }
     let governors = store.list_governors(None, 100).await.unwrap();
-    let found: BTreeSet<&str> = governors.iter().map(|id| id.as_str()).collect();
+    let found: BTreeSet<&str> = governors.iter().map(tai_state::GovernorId::as_str).collect();
     assert_eq!(found, kept.iter().copied().collect());
 
     let before = proved(&store).await;
@@ -971,7 +971,7 @@ async fn every_call_can_be_spawned(make: Make<'_>) {
         store.event("g", "s", 1).await?;
         store.record("g", "s").await?;
         store.state_at_version("g", "s", 1).await?;
-        store.state_at_time("g", "s", Utc::now() + TimeDelta::days(1)).await?;
+        store.state_at_time("g", "s", tai_state::SystemClock.now() + TimeDelta::days(1)).await?;
         store.history("g", "s", ..).await?.next_page().await?;
         store.export(None, &mut Vec::new(), |_| {}).await?;
         store.verify(|_| {}).await?;

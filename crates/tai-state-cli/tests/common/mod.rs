@@ -8,88 +8,88 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-pub const BINARY: &str = env!("CARGO_BIN_EXE_tai-state");
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_tai-state");
 
 /// What a run of the binary gave.
 #[derive(Debug)]
-pub struct Ran {
-    pub exit: i32,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Ran {
+    pub(crate) exit: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Ran {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
     /// The error object on standard error.
-    pub fn error(&self) -> Value {
+    pub(crate) fn error(&self) -> Value {
         serde_json::from_str(&self.err).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
-    pub fn lines(&self) -> Vec<Value> {
+    pub(crate) fn lines(&self) -> Vec<Value> {
         self.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    pub fn ok(self) -> Self {
+    pub(crate) fn ok(self) -> Self {
         assert_eq!(self.exit, 0, "{self:?}");
         self
     }
 }
 
 /// A store in a folder of its own.
-pub struct Store {
-    pub folder: tempfile::TempDir,
-    pub file: PathBuf,
+pub(crate) struct Store {
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) file: PathBuf,
 }
 
 impl Store {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("store.tai");
         Self { folder, file }
     }
 
-    pub fn made() -> Self {
+    pub(crate) fn made() -> Self {
         let store = Self::new();
         store.run(&["init"]).ok();
         store
     }
 
-    pub fn run(&self, args: &[&str]) -> Ran {
+    pub(crate) fn run(&self, args: &[&str]) -> Ran {
         self.feed(args, b"")
     }
 
-    pub fn json(&self, args: &[&str]) -> Ran {
+    pub(crate) fn json(&self, args: &[&str]) -> Ran {
         let args: Vec<&str> = ["-o", "json"].iter().chain(args).copied().collect();
         self.run(&args)
     }
 
-    pub fn feed(&self, args: &[&str], input: &[u8]) -> Ran {
+    pub(crate) fn feed(&self, args: &[&str], input: &[u8]) -> Ran {
         let mut command = Command::new(BINARY);
         command.arg("-u").arg(&self.file).args(args);
         run(command, input)
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    pub fn write(&self, name: &str, bytes: &[u8]) -> String {
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> String {
         let path = self.path(name);
         std::fs::write(&path, bytes).unwrap();
         path.display().to_string()
     }
 
-    pub fn verified(&self) -> Value {
+    pub(crate) fn verified(&self) -> Value {
         let report = self.json(&["verify"]).ok().json();
         assert_eq!(report["ok"], true, "{report}");
         report
     }
 }
 
-pub fn run(mut command: Command, input: &[u8]) -> Ran {
+pub(crate) fn run(mut command: Command, input: &[u8]) -> Ran {
     for name in ["TAI_STATE_URL", "TAI_STATE_OUTPUT", "K_SERVICE", "TAI_STATE_ACTOR"] {
         command.env_remove(name);
     }
@@ -115,7 +115,7 @@ pub fn run(mut command: Command, input: &[u8]) -> Ran {
 }
 
 /// The real log, or `None` with a line that says why.
-pub fn incidents() -> Option<PathBuf> {
+pub(crate) fn incidents() -> Option<PathBuf> {
     let path =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/incidents.jsonl.gz");
     if path.exists() {
@@ -126,10 +126,10 @@ pub fn incidents() -> Option<PathBuf> {
 }
 
 /// SplitMix64, and its seed on the screen.
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn announced(what: &str) -> Self {
+    pub(crate) fn announced(what: &str) -> Self {
         let seed = match std::env::var("TAI_STATE_SEED") {
             Ok(seed) => seed.parse().unwrap(),
             Err(_) => {
@@ -141,7 +141,7 @@ impl Random {
         Self(seed)
     }
 
-    pub fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -7,15 +7,15 @@ use tai_state::{ChangeMetadata, StateId, StateSnapshot};
 
 /// A small generator whose whole run is its seed: SplitMix64 (Steele, Lea and Flood, 2014).
 #[derive(Debug, Clone)]
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
     /// A fresh seed, or the one in `TAI_STATE_SEED`; printed, so that a failure can be run again.
-    pub fn announced(what: &str) -> Self {
+    pub(crate) fn announced(what: &str) -> Self {
         let seed = match std::env::var("TAI_STATE_SEED") {
             Ok(seed) => seed.parse().unwrap(),
             Err(_) => {
@@ -27,7 +27,7 @@ impl Random {
         Self(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -36,19 +36,19 @@ impl Random {
     }
 
     /// One of `0..end`.
-    pub fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 }
 
-pub fn why() -> ChangeMetadata {
+pub(crate) fn why() -> ChangeMetadata {
     ChangeMetadata::new("test", "because", None)
 }
 
-pub fn snapshot(id: &str, data: Value) -> StateSnapshot {
+pub(crate) fn snapshot(id: &str, data: Value) -> StateSnapshot {
     StateSnapshot::new(StateId::from(id), data, why())
 }
 
-pub fn counter(n: u64) -> StateSnapshot {
+pub(crate) fn counter(n: u64) -> StateSnapshot {
     snapshot("counter", json!({ "count": n }))
 }

@@ -19,7 +19,7 @@ mod writer;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
@@ -44,6 +44,7 @@ const READERS: usize = 8;
 pub struct EmbeddedBackend {
     identity: Identity,
     pool: Arc<Pool>,
+    commits: Arc<AtomicU64>,
     /// `None` only while it is being dropped.
     requests: Option<mpsc::Sender<writer::Request>>,
     writer: Option<JoinHandle<()>>,
@@ -92,10 +93,17 @@ impl EmbeddedBackend {
         );
         let failed = Arc::new(AtomicBool::new(false));
         let (requests, waiting) = mpsc::channel();
-        let of_writer = (location.clone(), Arc::clone(&failed));
+        let commits = Arc::new(AtomicU64::new(0));
+        let writer = writer::Writer::new(
+            conn,
+            waiting,
+            location.clone(),
+            Arc::clone(&failed),
+            Arc::clone(&commits),
+        );
         let writer = std::thread::Builder::new()
             .name("tai-state-writer".into())
-            .spawn(move || writer::run(conn, waiting, of_writer.0, of_writer.1))
+            .spawn(move || writer.run())
             .map_err(|error| crate::Error::Storage {
                 location: location.clone(),
                 reason: format!("no thread could be started: {error}"),
@@ -108,7 +116,14 @@ impl EmbeddedBackend {
             failed,
         };
         let (requests, writer) = (Some(requests), Some(writer));
-        Ok(Self { identity, pool: Arc::new(pool), requests, writer })
+        Ok(Self { identity, pool: Arc::new(pool), commits, requests, writer })
+    }
+
+    /// How many groups this handle has committed, each with one sync: beside the number of changes,
+    /// the measure of group commit.
+    #[must_use]
+    pub fn group_commits(&self) -> u64 {
+        self.commits.load(Ordering::Relaxed)
     }
 }
 

@@ -6,7 +6,7 @@
 //! a failed sync the system may have dropped the very pages that a second sync would report as safe.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
 use rusqlite::config::DbConfig;
@@ -45,7 +45,7 @@ impl Request {
 }
 
 /// What the writer's thread owns.
-struct Writer {
+pub(crate) struct Writer {
     conn: Connection,
     requests: mpsc::Receiver<Request>,
     location: String,
@@ -55,6 +55,7 @@ struct Writer {
     log_pages: Arc<AtomicI32>,
     /// The same at the last checkpoint.
     folded_at: i32,
+    commits: Arc<AtomicU64>,
 }
 
 /// Why a whole group was not committed.
@@ -71,40 +72,43 @@ impl<E: Into<RowError>> From<E> for GroupError {
     }
 }
 
-/// Runs until all senders are gone. Takes the connection into the thread, where it stays.
-pub(crate) fn run(
-    mut conn: Connection,
-    requests: mpsc::Receiver<Request>,
-    location: String,
-    failed: Arc<AtomicBool>,
-) {
-    let log_pages = Arc::new(AtomicI32::new(0));
-    let noted = Arc::clone(&log_pages);
-    let hooked =
-        conn.wal_hook(Some(move |_: &mut rusqlite::hooks::Wal, pages: std::ffi::c_int| {
-            noted.store(pages, Ordering::Relaxed);
-            Ok(())
-        }));
-    if let Err(error) = hooked {
-        tracing::error!(%error, "the log's size cannot be watched");
-    }
-    let mut writer = Writer { conn, requests, location, failed, log_pages, folded_at: 0 };
-    while let Ok(first) = writer.requests.recv() {
-        let group = writer.gather(first);
-        writer.commit(group);
-        writer.checkpoint();
-    }
-    if writer.failed.load(Ordering::Acquire) {
-        keep_log(&writer.conn);
-    }
-}
-
 /// After a failed sync the log must not be folded in and removed when the last connection closes.
 pub(crate) fn keep_log(conn: &Connection) {
     let _ = conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
 }
 
 impl Writer {
+    pub(crate) fn new(
+        mut conn: Connection,
+        requests: mpsc::Receiver<Request>,
+        location: String,
+        failed: Arc<AtomicBool>,
+        commits: Arc<AtomicU64>,
+    ) -> Self {
+        let log_pages = Arc::new(AtomicI32::new(0));
+        let noted = Arc::clone(&log_pages);
+        let hook = move |_: &mut rusqlite::hooks::Wal, pages: std::ffi::c_int| {
+            noted.store(pages, Ordering::Relaxed);
+            Ok(())
+        };
+        if let Err(error) = conn.wal_hook(Some(hook)) {
+            tracing::error!(%error, "the log's size cannot be watched");
+        }
+        Self { conn, requests, location, failed, log_pages, folded_at: 0, commits }
+    }
+
+    /// Runs until all senders are gone.
+    pub(crate) fn run(mut self) {
+        while let Ok(first) = self.requests.recv() {
+            let group = self.gather(first);
+            self.commit(group);
+            self.checkpoint();
+        }
+        if self.failed.load(Ordering::Acquire) {
+            keep_log(&self.conn);
+        }
+    }
+
     fn gather(&self, first: Request) -> Vec<Request> {
         let mut bytes = first.bytes();
         let mut group = vec![first];
@@ -161,6 +165,7 @@ impl Writer {
         }
         file::set_revision(conn, step.revision)?;
         conn.prepare_cached("COMMIT")?.execute([]).map_err(GroupError::Commit)?;
+        self.commits.fetch_add(1, Ordering::Relaxed);
         Ok(answers)
     }
 
