@@ -13,6 +13,7 @@ pub mod json;
 mod keys;
 mod persister;
 mod records;
+mod remembered;
 mod replay;
 mod schema;
 mod state;

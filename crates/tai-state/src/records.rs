@@ -4,10 +4,7 @@
 //! the event at that version is read, and if it is ours, the change was applied. Retries happen
 //! here and nowhere below.
 
-use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError};
-
-use lru::LruCache;
 
 use crate::backend::{
     Backend, BackendError, Document, Identity, Key, Kind, Name, Precondition, Range, Read,
@@ -18,6 +15,7 @@ use crate::clock::Stopwatch;
 use crate::config::{PersistenceConfig, StoreOptions};
 use crate::error::{Error, Result};
 use crate::keys::Address;
+use crate::remembered::Remembered;
 use crate::schema;
 use crate::transition::{self, Head, Request, Transition};
 
@@ -239,12 +237,12 @@ impl Records {
 
     fn recall(&self, address: &Address) -> Option<KnownHead> {
         let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
-        remembered.heads.get(address).map(|(head, _)| head.clone())
+        remembered.get(address)
     }
 
     /// The bytes of all remembered heads.
     pub(crate) fn cache_bytes(&self) -> usize {
-        self.remembered.lock().unwrap_or_else(PoisonError::into_inner).bytes
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner).bytes()
     }
 
     /// Decides one change on a head that is in hand.
@@ -532,86 +530,5 @@ pub(crate) fn lift(error: BackendError, location: &str) -> Error {
         BackendError::Full => Error::StorageFull { location },
         BackendError::Failed(reason) => Error::Storage { location, reason },
         BackendError::Moved(to) => Error::Moved { location, to },
-    }
-}
-
-/// Remembered heads, bounded by their bytes, the least recently used forgotten first. They only
-/// save a read before a write: each is used with its revision as precondition, so an old one costs
-/// a second try and can do no harm.
-#[derive(Debug)]
-struct Remembered {
-    heads: LruCache<Address, (KnownHead, usize)>,
-    bytes: usize,
-    most: usize,
-}
-
-impl Remembered {
-    fn new(most: usize) -> Self {
-        // Bounded by bytes; the count only keeps the map from growing without sense.
-        let count = NonZeroUsize::new(65_536).unwrap_or(NonZeroUsize::MIN);
-        Self { heads: LruCache::new(count), bytes: 0, most }
-    }
-
-    fn put(&mut self, address: &Address, head: &KnownHead) {
-        self.forget(address);
-        let change = &head.head.change;
-        let bytes = 512 + rough_size(&change.data) + change.metadata.reason.len();
-        // One large state must not push out all others.
-        if bytes > self.most / 4 {
-            return;
-        }
-        self.bytes += bytes;
-        if let Some((_, (_, old))) = self.heads.push(address.clone(), (head.clone(), bytes)) {
-            self.bytes = self.bytes.saturating_sub(old);
-        }
-        while self.bytes > self.most {
-            let Some((_, (_, old))) = self.heads.pop_lru() else { break };
-            self.bytes = self.bytes.saturating_sub(old);
-        }
-    }
-
-    fn forget(&mut self, address: &Address) {
-        if let Some((_, bytes)) = self.heads.pop(address) {
-            self.bytes = self.bytes.saturating_sub(bytes);
-        }
-    }
-}
-
-/// About how many bytes a value takes in memory.
-fn rough_size(value: &serde_json::Value) -> usize {
-    use serde_json::Value;
-    match value {
-        Value::Null | Value::Bool(_) | Value::Number(_) => 32,
-        Value::String(text) => 32 + text.len(),
-        Value::Array(items) => 32 + items.iter().map(rough_size).sum::<usize>(),
-        Value::Object(fields) => {
-            64 + fields.iter().map(|(key, item)| 64 + key.len() + rough_size(item)).sum::<usize>()
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::memory::MemoryBackend;
-    use crate::transition::tests::request;
-    use crate::transition::{Expect, Wish};
-    use serde_json::json;
-
-    #[tokio::test]
-    async fn the_cache_stays_within_its_bytes() {
-        let options = StoreOptions { cache_bytes: 40_000, ..StoreOptions::default() };
-        let records = Records::new(Arc::new(MemoryBackend::new()), options);
-        for n in 0..500 {
-            let mut put = request(Wish::Put(json!({"n": n})), Expect::Any);
-            put.address = Address::new("gov", &format!("s{n}")).unwrap();
-            records.apply(&put, &PersistenceConfig::default()).await.unwrap();
-            assert!(records.cache_bytes() <= 40_000);
-        }
-        assert!(records.cache_bytes() > 20_000);
-        let mut large = request(Wish::Put(json!("x".repeat(100_000))), Expect::Any);
-        large.address = Address::new("gov", "large").unwrap();
-        records.apply(&large, &PersistenceConfig::default()).await.unwrap();
-        assert!(records.recall(&large.address).is_none());
     }
 }

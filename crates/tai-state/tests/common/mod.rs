@@ -3,7 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use serde_json::{Value, json};
-use tai_state::{ChangeMetadata, StateId, StateSnapshot};
+use tai_state::{ChangeMetadata, StateId, StateSnapshot, StateStore, StoreOptions};
 
 /// A small generator whose whole run is its seed: SplitMix64 (Steele, Lea and Flood, 2014).
 #[derive(Debug, Clone)]
@@ -51,4 +51,58 @@ pub(crate) fn snapshot(id: &str, data: Value) -> StateSnapshot {
 
 pub(crate) fn counter(n: u64) -> StateSnapshot {
     snapshot("counter", json!({ "count": n }))
+}
+
+/// Runs each test on each backend, under the name `backend::test`.
+#[allow(unused_macros)]
+macro_rules! on_every_backend {
+    ($($test:ident),* $(,)?) => {
+        mod memory {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                super::$test(&mut |options| tai_state::StateStore::in_memory_with(options)).await;
+            })*
+        }
+        mod embedded {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                let folder = tempfile::tempdir().unwrap();
+                let mut number = 0;
+                super::$test(&mut |options| {
+                    number += 1;
+                    let path = folder.path().join(format!("{number}.tai"));
+                    tokio::task::block_in_place(|| {
+                        tokio::runtime::Handle::current()
+                            .block_on(tai_state::StateStore::open_with(path, options))
+                            .unwrap()
+                    })
+                })
+                .await;
+            })*
+        }
+    };
+}
+
+/// Makes a store on the backend under test.
+pub(crate) type Make<'a> = &'a mut (dyn FnMut(StoreOptions) -> StateStore + Send);
+
+pub(crate) fn open(make: Make<'_>) -> StateStore {
+    make(StoreOptions::default())
+}
+
+pub(crate) fn options(change: impl FnOnce(&mut StoreOptions)) -> StoreOptions {
+    let mut options = StoreOptions::default();
+    change(&mut options);
+    options
+}
+
+/// The content hash, after proving the whole store.
+pub(crate) async fn proved(store: &StateStore) -> String {
+    let report = store.verify(|_| {}).await.unwrap();
+    assert!(report.ok, "{:?}", report.problems);
+    report.content_hash.to_string()
+}
+
+pub(crate) fn balance(state: &StateSnapshot) -> i64 {
+    state.data["balance"].as_i64().unwrap()
 }
