@@ -27,6 +27,7 @@ pub(crate) struct Failure {
     retryable: bool,
     hint: Option<String>,
     detail: Map<String, Value>,
+    reader_left: bool,
 }
 
 pub(crate) type Outcome<T = ()> = Result<T, Failure>;
@@ -34,7 +35,15 @@ pub(crate) type Outcome<T = ()> = Result<T, Failure>;
 impl Failure {
     pub(crate) fn new(exit: u8, code: &'static str, message: impl Into<String>) -> Self {
         let message = message.into();
-        Self { exit, code, message, retryable: false, hint: None, detail: Map::new() }
+        Self {
+            exit,
+            code,
+            message,
+            retryable: false,
+            hint: None,
+            detail: Map::new(),
+            reader_left: false,
+        }
     }
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
@@ -66,9 +75,24 @@ impl Failure {
         self
     }
 
-    /// Whether the reader of our output went away.
-    pub(crate) fn is_broken_pipe(&self) -> bool {
-        self.message.contains("Broken pipe")
+    /// The reader of standard output went away.
+    pub(crate) fn reader_left() -> Self {
+        let message = "whoever read standard output has gone";
+        Self { reader_left: true, ..Self::new(exit::OTHER, "io", message) }
+    }
+
+    /// Whether the reader of standard output went away. For a command that only shows things that is
+    /// a good end; for one that changes them it is not.
+    pub(crate) fn is_reader_left(&self) -> bool {
+        self.reader_left
+    }
+
+    /// For a command that changes things: without its reader it has stopped part-way.
+    pub(crate) fn part_way(mut self) -> Self {
+        if std::mem::take(&mut self.reader_left) {
+            self.exit = exit::PART_WAY;
+        }
+        self
     }
 
     /// As one JSON object.

@@ -37,7 +37,7 @@ fn ended(outcome: Outcome, format: Format) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         // Like every tool of the shell: `tai-state … | head` is no failure.
-        Err(failure) if failure.is_broken_pipe() => ExitCode::SUCCESS,
+        Err(failure) if failure.is_reader_left() => ExitCode::SUCCESS,
         Err(failure) => {
             failure.report(format);
             ExitCode::from(failure.exit)
@@ -62,7 +62,10 @@ async fn run(cli: Cli) -> Outcome {
         Command::History(args) => cmd::history::run(&global, &args).await,
         Command::Verify => cmd::verify::run(&global, &connect(&global, false).await?).await,
         Command::Stats => cmd::stats::run(&global, &connect(&global, false).await?).await,
-        Command::Txn(args) => cmd::txn::run(&connect(&global, false).await?, &args).await,
+        Command::Txn(args) => {
+            let store = connect(&global, false).await?;
+            cmd::txn::run(&store, &args).await.map_err(Failure::part_way)
+        }
     }
 }
 

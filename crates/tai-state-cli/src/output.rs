@@ -11,22 +11,27 @@ use serde_json::{Value, json};
 use tai_state::{Event, StateRecord};
 
 use crate::args::{Format, Global};
-use crate::failure::{Outcome, io as io_failure};
+use crate::failure::{Failure, Outcome, io as io_failure};
 
 /// Text in which nothing steers a terminal: control characters and the marks that turn the
 /// direction of writing are shown as escapes.
 pub(crate) fn visible(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        let steers = (c.is_control() && c != '\n')
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}');
-        if steers {
+        if steers(c) {
             let _ = write!(shown, "\\u{{{:x}}}", u32::from(c));
         } else {
             shown.push(c);
         }
     }
     shown
+}
+
+/// Control characters but the newline, and marks that turn the direction of writing or hide. All of
+/// them are below U+10000.
+fn steers(c: char) -> bool {
+    (c.is_control() && c != '\n')
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }
 
 pub(crate) fn time(time: &DateTime<Utc>) -> String {
@@ -87,6 +92,7 @@ pub(crate) fn line(text: &str) -> Outcome {
         .and_then(|()| out.flush())
     {
         Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::reader_left()),
         Err(error) => Err(io_failure("standard output", &error)),
     }
 }
@@ -138,9 +144,19 @@ pub(crate) fn object(format: Format, object: &Value, text: &str) -> Outcome {
     }
 }
 
-/// JSON for people.
+/// JSON for people, and JSON all the same: what would steer a terminal can only stand in strings, and
+/// there it has an escape.
 pub(crate) fn pretty(value: &Value) -> String {
-    serde_json::to_string_pretty(value).unwrap_or_else(|_| value.to_string())
+    let text = serde_json::to_string_pretty(value).unwrap_or_else(|_| value.to_string());
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if steers(c) {
+            let _ = write!(shown, "\\u{:04x}", u32::from(c));
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
 }
 
 /// A progress bar on standard error; off a terminal one plain line every ten seconds.

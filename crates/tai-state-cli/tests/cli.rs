@@ -312,6 +312,39 @@ fn a_reader_that_goes_away_is_no_failure() {
     }
 }
 
+/// A command that changes things and lost its reader has stopped part-way, and says so.
+#[test]
+fn an_import_without_its_reader_is_no_success() {
+    let store = Store::made();
+    let lines: String = (0..20_000)
+        .map(|n| json!({"governor_id": "g", "state_id": format!("s{n}"), "action": "a", "timestamp": "2026-01-01T00:00:00Z", "actor": "x", "data": n}).to_string() + "\n")
+        .collect();
+    let file = store.write("log.jsonl", lines.as_bytes());
+    let script = format!(
+        "{BINARY} -u {} import --acks {file} | head -n 1 >/dev/null; exit ${{PIPESTATUS[0]}}",
+        store.file.display()
+    );
+    let mut command = Command::new("bash");
+    command.args(["-c", &script]);
+    assert_eq!(run(command, b"").exit, 9);
+    let summary = store.json(&["import", &file]).ok().json();
+    assert_eq!(summary["lines"], 20_000);
+    // Nor does a name decide how a command ends.
+    let odd = store.json(&["get", "g/Broken pipe"]);
+    assert_eq!(odd.exit, 3);
+}
+
+/// What is shown on a terminal steers nothing, and is the same JSON.
+#[test]
+fn raw_data_is_json() {
+    let store = Store::made();
+    let data = json!({"a\u{202e}": "b\u{7f}\u{1b}\n", "c": [1.5, null]});
+    store.run(&["put", "g/s", "--data", &data.to_string()]).ok();
+    let raw = store.run(&["get", "g/s", "--raw"]).ok();
+    assert_eq!(raw.json(), data);
+    assert!(!raw.out.contains(['\u{202e}', '\u{1b}', '\u{7f}']));
+}
+
 #[test]
 fn verify_names_what_is_damaged() {
     let store = Store::made();
@@ -334,7 +367,12 @@ fn verify_names_what_is_damaged() {
     assert_eq!((ran.exit, ran.error()["code"].as_str()), (8, Some("corrupt")), "{ran:?}");
     let report = ran.json();
     assert_eq!(report["ok"], false);
-    assert!(report["problems"][0].as_str().unwrap().contains("g/"), "{report}");
+    let problems = report["problems"].as_array().unwrap();
+    for n in 0..20 {
+        // Every one, not only the first.
+        let named = problems.iter().any(|p| p.as_str().unwrap().contains(&format!("s{n}")));
+        assert!(named, "s{n} is not named in {report}");
+    }
 }
 
 #[test]

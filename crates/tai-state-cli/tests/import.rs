@@ -67,16 +67,13 @@ fn the_real_log_goes_in_and_comes_out() {
     assert_eq!(summary["content_hash"], report["content_hash"]);
 }
 
-/// Peak memory of the real import, as the system accounts it.
+/// Runs an import and returns its peak memory in KiB, as the system accounts it.
 #[cfg(target_os = "linux")]
-#[test]
-fn importing_takes_little_memory() {
-    let Some(path) = incidents() else { return };
-    let store = Store::new();
+fn peak(store: &Store, file: &str) -> u64 {
     let mut child = std::process::Command::new(common::BINARY)
         .arg("-u")
         .arg(&store.file)
-        .args(["import", path.to_str().unwrap()])
+        .args(["import", file])
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
@@ -91,7 +88,28 @@ fn importing_takes_little_memory() {
     }
     assert!(child.wait().unwrap().success());
     println!("peak {peak} KiB");
+    peak
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn importing_takes_little_memory() {
+    let Some(path) = incidents() else { return };
+    let peak = peak(&Store::new(), path.to_str().unwrap());
     assert!(peak > 0 && peak <= 128 * 1024, "{peak} KiB");
+}
+
+/// Large lines do not pile up while they wait.
+#[cfg(target_os = "linux")]
+#[test]
+fn large_lines_take_little_memory() {
+    let store = Store::new();
+    let lines: String =
+        (0..200).map(|n| line(&format!("s{n}"), 1, "x".repeat(890_000)) + "\n").collect();
+    let file = store.write("large.gz", &gzip(lines.as_bytes()));
+    drop(lines);
+    let peak = peak(&store, &file);
+    assert!(peak > 0 && peak <= 256 * 1024, "{peak} KiB");
 }
 
 #[test]
@@ -113,6 +131,61 @@ fn equal_lines_are_two_transitions_and_running_again_adds_none() {
     let summary = store.feed(&["-o", "json", "import", "-"], tail.as_bytes()).ok().json();
     assert_eq!(summary["applied"], 0);
     assert_eq!(store.json(&["stats"]).ok().json()["total_events"], 7);
+}
+
+/// A store knows its own export, whatever the identities of its events are.
+#[test]
+fn importing_one_s_own_export_adds_nothing() {
+    let store = Store::made();
+    for n in 0..3 {
+        store.run(&["put", "g/a", "--data", &n.to_string()]).ok();
+    }
+    store.run(&["rm", "g/a"]).ok();
+    // Times that were not kept as they were given.
+    let late = [line("b", 5, 1), line("b", 3, 2), line("b", 3, 2)].join("\n");
+    store.feed(&["import", "-"], late.as_bytes()).ok();
+    let exported = store.run(&["export"]).ok().out;
+    let summary = store.feed(&["-o", "json", "import", "-"], exported.as_bytes()).ok().json();
+    assert_eq!((&summary["applied"], &summary["already_there"]), (&json!(0), &json!(7)));
+    let summary = store.feed(&["-o", "json", "import", "-"], late.as_bytes()).ok().json();
+    assert_eq!(summary["applied"], 0);
+    assert_eq!(store.run(&["export"]).ok().out, exported);
+}
+
+#[test]
+fn strict_refuses_the_deletion_of_nothing() {
+    let delete = |state: &str| {
+        json!({"governor_id": "g", "state_id": state, "action": "delete", "timestamp": "2026-01-01T00:00:00Z", "actor": "x", "data": null, "deleted": true}).to_string()
+    };
+    let bad = format!("{}\n{}", line("a", 1, 1), delete("b"));
+    let good = format!("{}\n{}", line("a", 1, 1), delete("a"));
+    let store = Store::new();
+    let ran = store.feed(&["-o", "json", "import", "--strict", "-"], bad.as_bytes());
+    assert_eq!((ran.exit, &ran.error()["line"]), (3, &json!(2)), "{ran:?}");
+    assert!(!store.file.exists());
+    for applied in [2, 0] {
+        let summary =
+            store.feed(&["-o", "json", "import", "--strict", "-"], good.as_bytes()).ok().json();
+        assert_eq!(summary["applied"], applied);
+    }
+    assert_eq!(store.feed(&["import", "--strict", "-"], bad.as_bytes()).exit, 3);
+    assert_eq!(store.json(&["stats"]).ok().json()["total_events"], 2);
+}
+
+/// A pipe that gives a byte at a time is gzip all the same.
+#[test]
+fn gzip_from_a_slow_pipe() {
+    let store = Store::new();
+    let file = store.write("log.gz", &gzip(line("a", 1, 1).as_bytes()));
+    let script = format!(
+        "{{ head -c 1 {file}; sleep 0.2; tail -c +2 {file}; }} | {} -u {} import -",
+        common::BINARY,
+        store.file.display()
+    );
+    let mut command = std::process::Command::new("bash");
+    command.args(["-c", &script]);
+    assert_eq!(common::run(command, b"").exit, 0);
+    assert_eq!(store.verified()["events"], 1);
 }
 
 #[test]

@@ -34,6 +34,10 @@ impl Default for PersistenceConfig {
 
 /// How conflicts and failures that surely changed nothing are tried again: exponential backoff with
 /// full jitter (a uniformly distributed part of `min(cap, base · 2ⁿ)`).
+///
+/// `max_attempts` bounds how often one commit is sent and how often a transaction runs. A change that
+/// expects nothing (`save_state`) cannot conflict; when another writer was faster it is planned again
+/// until the `deadline`, whatever `max_attempts` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RetryPolicy {
     /// How often at most, the first try included.

@@ -141,6 +141,21 @@ impl From<&Change> for TransitionLine {
     }
 }
 
+impl From<&Event> for TransitionLine {
+    fn from(event: &Event) -> Self {
+        Self {
+            governor_id: event.governor_id.to_string(),
+            state_id: event.to_state.id.to_string(),
+            action: event.action.clone(),
+            timestamp: event.timestamp,
+            actor: event.metadata.changed_by.clone(),
+            reason: event.metadata.reason.clone(),
+            data: event.to_state.data.clone(),
+            deleted: event.deleted,
+        }
+    }
+}
+
 /// What an export was, in the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[non_exhaustive]

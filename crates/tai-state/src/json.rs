@@ -9,6 +9,7 @@
 
 use std::fmt;
 use std::io::{self, Write};
+use std::sync::OnceLock;
 
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
@@ -122,7 +123,11 @@ pub fn measure(value: &Value, subject: &str) -> Result<Measure> {
         let inner = depth + 1;
         match value {
             Value::Null | Value::Bool(_) => native += 1,
-            Value::Number(_) => native += 8,
+            Value::Number(number) if is_kept(number) => native += 8,
+            Value::Number(number) => {
+                let short: String = number.to_string().chars().take(40).collect();
+                return Err(Error::refused(subject, format!("the number {short} fits no 64 bits")));
+            }
             Value::String(text) => native += text.len() as u64 + 1,
             Value::Array(items) => {
                 deepest = deepest.max(inner);
@@ -190,6 +195,14 @@ fn dismantle(value: Value) {
             _ => {}
         }
     }
+}
+
+/// Whether a number is one that is kept exactly. Always so, unless a crate in the build has switched on
+/// `arbitrary_precision` of serde_json, with which a number is the text that it was written with.
+fn is_kept(number: &Number) -> bool {
+    number.is_i64()
+        || number.is_u64()
+        || number.as_f64().is_some_and(f64::is_finite) && number.is_f64()
 }
 
 /// Counts bytes instead of keeping them.
@@ -329,6 +342,13 @@ impl<'de> Visitor<'de> for Strict {
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
         let mut object = Map::new();
         while let Some(key) = fields.next_key::<String>()? {
+            // With `arbitrary_precision` a number comes as such an object.
+            if key == "$serde_json::private::Number" && numbers_are_texts() {
+                let text: String = fields.next_value()?;
+                return number(&text).ok_or_else(|| {
+                    de::Error::custom(format!("the number {text} fits no 64 bits"))
+                });
+            }
             let value = fields.next_value_seed(Strict)?;
             if object.contains_key(&key) {
                 return Err(de::Error::custom(format!("the key {key:?} stands twice")));
@@ -337,6 +357,23 @@ impl<'de> Visitor<'de> for Strict {
         }
         Ok(Value::Object(object))
     }
+}
+
+/// Whether some crate in the build has switched on `arbitrary_precision` of serde_json.
+fn numbers_are_texts() -> bool {
+    static TEXTS: OnceLock<bool> = OnceLock::new();
+    *TEXTS.get_or_init(|| {
+        serde_json::from_str::<Value>("1.50").is_ok_and(|number| number.to_string().ends_with('0'))
+    })
+}
+
+/// A number from its text, if it can be kept.
+fn number(text: &str) -> Option<Value> {
+    if !text.contains(['.', 'e', 'E']) {
+        let signed = text.parse::<i64>().map(Value::from);
+        return signed.or_else(|_| text.parse::<u64>().map(Value::from)).ok();
+    }
+    Number::from_f64(text.parse().ok()?).map(Value::Number)
 }
 
 #[cfg(test)]
@@ -397,6 +434,19 @@ mod tests {
             let error = parse(text, "input").expect_err(text);
             assert_eq!(error.code(), "serialization_error", "{text}");
         }
+    }
+
+    #[test]
+    fn numbers_from_their_texts() {
+        assert!(!numbers_are_texts(), "some dependency has switched on arbitrary_precision");
+        assert_eq!(number("-5"), Some(json!(-5)));
+        assert_eq!(number("18446744073709551615"), Some(json!(u64::MAX)));
+        assert_eq!(number("2.50"), Some(json!(2.5)));
+        for bad in ["18446744073709551616", "1e400", "x", ""] {
+            assert_eq!(number(bad), None, "{bad}");
+        }
+        let odd = json!({"$serde_json::private::Number": "1"});
+        assert_eq!(parse(&odd.to_string(), "x").unwrap(), odd);
     }
 
     #[test]

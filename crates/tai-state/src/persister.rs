@@ -265,8 +265,8 @@ pub(crate) fn request(
     action: String,
     mut metadata: ChangeMetadata,
 ) -> Result<Request> {
+    refuse_deep(metadata.context.values_mut(), &format!("{governor}/{}", to.id))?;
     let address = Address::new(governor, to.id.as_str())?;
-    refuse_deep(metadata.context.values_mut(), &address.to_string())?;
     // These belong to the caller; they must only not be cloned.
     let mut lent = [Some(&to.data), from.map(|state| &state.data)].into_iter().flatten();
     if lent.any(|data| depth_exceeds(data, MAX_DEPTH)) {

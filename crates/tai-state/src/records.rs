@@ -161,6 +161,19 @@ impl Reader<'_> {
         Ok((heads, next))
     }
 
+    /// The states of a governor after one, whether or not their heads can be read.
+    pub(crate) async fn state_names(
+        self,
+        governor: &Name,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Address>> {
+        let names = self.read.names(governor, Kind::States, after, limit).await;
+        let names = names.map_err(|error| self.lift(error))?;
+        let address = |state| Address { governor: governor.clone(), state };
+        Ok(names.into_iter().map(address).collect())
+    }
+
     pub(crate) async fn governors(self, after: Option<&Name>, limit: usize) -> Result<Vec<Name>> {
         self.read.governors(after, limit).await.map_err(|error| self.lift(error))
     }
@@ -407,38 +420,48 @@ impl Records {
             };
             failed += 1;
             let again = failed < policy.max_attempts && started.elapsed() < policy.deadline;
-            match error {
+            let reason = match error {
                 BackendError::Conflict => {
-                    return match self.who_was_faster(groups, guards).await {
-                        Ok(None) => Ok(Vec::new()),
-                        Ok(Some(conflict)) => Err(conflict),
+                    return match self.settle(groups, guards).await {
+                        Ok(Settled::Applied) => Ok(Vec::new()),
+                        Ok(Settled::Overtaken(conflict)) => Err(conflict),
+                        // Another commit is under way and not visible yet: a conflict all the same,
+                        // and the caller looks again.
+                        Ok(Settled::AsPlanned) => Err(overtaken_by_nobody(groups)),
                         Err(error) if unclear => Err(outcome_unknown(groups, error)),
                         Err(error) => Err(error),
                     };
                 }
                 BackendError::Indeterminate(reason) => {
                     unclear = true;
-                    tracing::warn!(%reason, failed, "the answer to a commit was lost, settling");
-                    if !again {
-                        let source = lift(BackendError::Indeterminate(reason), &self.location);
-                        return Err(outcome_unknown(groups, source));
-                    }
+                    reason
                 }
-                BackendError::Unavailable(reason) if again => {
-                    tracing::warn!(%reason, failed, "the storage is unavailable, trying again");
-                }
+                BackendError::Unavailable(reason) => reason,
                 error if unclear => {
                     return Err(outcome_unknown(groups, lift(error, &self.location)));
                 }
                 error => return Err(lift(error, &self.location)),
+            };
+            tracing::warn!(%reason, failed, unclear, "a commit was not answered");
+            if again {
+                tokio::time::sleep(policy.backoff(failed)).await;
+                continue;
             }
-            tokio::time::sleep(policy.backoff(failed)).await;
+            let source = lift(BackendError::Unavailable(reason), &self.location);
+            if !unclear {
+                return Err(source);
+            }
+            // The last resort: whoever stands at that version now has settled it.
+            return match self.settle(groups, guards).await {
+                Ok(Settled::Applied) => Ok(Vec::new()),
+                Ok(Settled::Overtaken(conflict)) => Err(conflict),
+                Ok(Settled::AsPlanned) | Err(_) => Err(outcome_unknown(groups, source)),
+            };
         }
     }
 
-    /// After a refused commit: `None` when it had been applied all the same (its answer was lost,
-    /// or it was delivered twice), else the conflict.
-    async fn who_was_faster(&self, groups: &[Steps], guards: &[Guard]) -> Result<Option<Error>> {
+    /// Finds out what became of a commit, by looking for its events.
+    async fn settle(&self, groups: &[Steps], guards: &[Guard]) -> Result<Settled> {
         let mut conflict = None;
         for group in groups {
             let Some(first) = group.transitions.first() else { continue };
@@ -446,9 +469,11 @@ impl Records {
             let address = &change.address;
             let head = self.reader().head(address).await?;
             let there = self.reader().changes_at(address, &[change.version]).await?.pop().flatten();
-            if there.as_ref().is_some_and(|there| there.id == change.id) {
+            // By the hash, which covers the identity and all that the event says: another's event may
+            // carry the same identity, if its writer chose it.
+            if there.as_ref().is_some_and(|there| there.hash == change.hash) {
                 // All or nothing: one event of ours proves the whole commit.
-                return Ok(None);
+                return Ok(Settled::Applied);
             }
             let seen = group.base.as_ref().map(|known| known.revision);
             if head.as_ref().map(|known| known.revision) != seen || there.is_some() {
@@ -467,17 +492,27 @@ impl Records {
                 conflict.get_or_insert_with(|| version_conflict(&guard.address, expected, actual));
             }
         }
-        // Everything looks as it was planned on, and yet it was refused: another commit was under
-        // way and is not visible yet. A conflict all the same; the caller looks again.
-        Ok(Some(conflict.unwrap_or_else(
-            || match groups.first().and_then(|g| g.transitions.first()) {
-                Some(first) => {
-                    let change = &first.head.change;
-                    version_conflict(&change.address, change.version - 1, change.version - 1)
-                }
-                None => Error::refused("a commit", "it changes nothing"),
-            },
-        )))
+        Ok(conflict.map_or(Settled::AsPlanned, Settled::Overtaken))
+    }
+}
+
+/// What became of a commit.
+enum Settled {
+    /// It was applied: its answer was lost, or it was delivered twice.
+    Applied,
+    /// It can never be applied any more, since what it was planned on has changed.
+    Overtaken(Error),
+    /// Nothing has changed; it may still be on its way.
+    AsPlanned,
+}
+
+fn overtaken_by_nobody(groups: &[Steps]) -> Error {
+    match groups.first().and_then(|group| group.transitions.first()) {
+        Some(first) => {
+            let change = &first.head.change;
+            version_conflict(&change.address, change.version - 1, change.version - 1)
+        }
+        None => Error::refused("a commit", "it changes nothing"),
     }
 }
 

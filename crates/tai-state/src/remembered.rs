@@ -35,7 +35,14 @@ impl Remembered {
     pub(crate) fn put(&mut self, address: &Address, head: &KnownHead) {
         self.forget(address);
         let change = &head.head.change;
-        let bytes = 512 + rough_size(&change.data) + change.metadata.reason.len();
+        let metadata = &change.metadata;
+        let context: usize =
+            metadata.context.iter().map(|(key, value)| 64 + key.len() + rough_size(value)).sum();
+        let clock: usize = change.causality.iter().map(|(node, _)| 64 + node.len()).sum();
+        let texts = metadata.reason.len() + metadata.changed_by.len() + change.action.len();
+        // An address stands in the map and in the change.
+        let ids = 2 * (address.governor.as_str().len() + address.state.as_str().len());
+        let bytes = 512 + rough_size(&change.data) + context + clock + texts + ids;
         // One large state must not push out all others.
         if bytes > self.most / 4 {
             return;

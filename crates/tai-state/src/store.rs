@@ -27,6 +27,8 @@ use crate::url::StoreUrl;
 /// Every change is one commit that holds the new head, its event and, when due, a saved snapshot.
 /// When a call that writes returns `Ok`, the change is durable.
 ///
+/// Needs a Tokio runtime with its timer enabled (`enable_all`, as `#[tokio::main]` has it).
+///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> tai_state::Result<()> {
 /// use serde_json::json;
@@ -262,7 +264,7 @@ impl StateStore {
         snapshot: StateSnapshot,
         metadata: ChangeMetadata,
     ) -> Result<u64> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let address = (governor.as_ref(), state.as_ref());
         let request = put(address, "save", snapshot, Expect::Any, metadata)?;
         self.apply(&request).await
     }
@@ -318,7 +320,7 @@ impl StateStore {
         expected_version: u64,
         metadata: ChangeMetadata,
     ) -> Result<u64> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let address = (governor.as_ref(), state.as_ref());
         let expect = Expect::Version(expected_version);
         let request = put(address, "update", new, expect, metadata)?;
         self.apply(&request).await
@@ -336,7 +338,7 @@ impl StateStore {
         expected_version: Option<u64>,
         metadata: ChangeMetadata,
     ) -> Result<u64> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let address = (governor.as_ref(), state.as_ref());
         let request = delete(address, expected_version, metadata)?;
         self.apply(&request).await
     }
@@ -458,16 +460,16 @@ impl StateStore {
 }
 
 pub(crate) fn put(
-    address: Address,
+    (governor, state): (&str, &str),
     action: &str,
     mut snapshot: StateSnapshot,
     expect: Expect,
     mut metadata: ChangeMetadata,
 ) -> Result<Request> {
     let values = [&mut snapshot.data].into_iter().chain(metadata.context.values_mut());
-    refuse_deep(values, &address.to_string())?;
+    refuse_deep(values, &format!("{governor}/{state}"))?;
     Ok(Request {
-        address,
+        address: Address::new(governor, state)?,
         id: new_event_id().to_string(),
         action: action.to_owned(),
         metadata,
@@ -479,13 +481,13 @@ pub(crate) fn put(
 }
 
 pub(crate) fn delete(
-    address: Address,
+    (governor, state): (&str, &str),
     expected_version: Option<u64>,
     mut metadata: ChangeMetadata,
 ) -> Result<Request> {
-    refuse_deep(metadata.context.values_mut(), &address.to_string())?;
+    refuse_deep(metadata.context.values_mut(), &format!("{governor}/{state}"))?;
     Ok(Request {
-        address,
+        address: Address::new(governor, state)?,
         id: new_event_id().to_string(),
         action: "delete".to_owned(),
         metadata,

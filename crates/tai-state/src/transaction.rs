@@ -12,6 +12,7 @@ use tokio::sync::Mutex;
 use crate::clock::{Stopwatch, new_event_id};
 use crate::error::{Error, Result};
 use crate::event::Event;
+use crate::json::{MAX_DEPTH, depth_exceeds, too_deep};
 use crate::keys::Address;
 use crate::records::{Guard, KnownHead, Records, Steps, View};
 use crate::state::{ChangeMetadata, StateSnapshot};
@@ -176,6 +177,13 @@ impl TransactionManager {
         writes: &[(W, StateSnapshot, ChangeMetadata)],
     ) -> Result<Vec<StateSnapshot>> {
         let governor = governor.as_ref();
+        // These belong to the caller; what is too deep must not be cloned.
+        for (state, snapshot, metadata) in writes {
+            let mut values = metadata.context.values().chain([&snapshot.data]);
+            if values.any(|value| depth_exceeds(value, MAX_DEPTH)) {
+                return Err(too_deep(&format!("{governor}/{}", state.as_ref())));
+            }
+        }
         let body = |transaction: Transaction| async move {
             let read = transaction.batch_get_states(governor, reads).await?;
             for (state, snapshot, metadata) in writes {
@@ -272,7 +280,7 @@ impl Transaction {
         snapshot: StateSnapshot,
         metadata: ChangeMetadata,
     ) -> Result<u64> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let address = (governor.as_ref(), state.as_ref());
         Ok(self
             .write(store::put(address, "save", snapshot, Expect::Any, metadata)?)
             .await?
@@ -291,8 +299,8 @@ impl Transaction {
         expected_version: u64,
         metadata: ChangeMetadata,
     ) -> Result<u64> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
         let expect = Expect::Version(expected_version);
+        let address = (governor.as_ref(), state.as_ref());
         Ok(self.write(store::put(address, "update", new, expect, metadata)?).await?.version())
     }
 
@@ -307,7 +315,7 @@ impl Transaction {
         expected_version: Option<u64>,
         metadata: ChangeMetadata,
     ) -> Result<u64> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let address = (governor.as_ref(), state.as_ref());
         Ok(self.write(store::delete(address, expected_version, metadata)?).await?.version())
     }
 

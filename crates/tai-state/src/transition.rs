@@ -124,6 +124,7 @@ pub(crate) fn plan(
         ));
     }
     causality.increment(node);
+    check_clock(&causality, &request.address)?;
 
     let mut change = Change {
         address: request.address.clone(),
@@ -218,20 +219,23 @@ pub(crate) fn check_input(request: &Request) -> Result<()> {
     if metadata.parent_version.is_some_and(|version| version > MAX_COUNTER) {
         return Err(Error::refused(format!("the parent version of {subject}"), "it is too large"));
     }
-    let clock = &request.based_on;
-    let size = clock.iter().map(|(node, _)| node.len() as u64 + 24).sum();
-    within(&format!("the vector clock of {subject}"), size, MAX_CAUSALITY_BYTES)?;
-    if clock.iter().any(|(_, count)| count > MAX_COUNTER) {
-        return Err(Error::refused(
-            format!("the vector clock of {subject}"),
-            "a count is too large",
-        ));
-    }
+    check_clock(&request.based_on, &request.address)?;
     if request.at.is_some_and(|at| !(1..=9999).contains(&at.year())) {
         return Err(Error::refused(
             format!("the time of a change to {subject}"),
             "it is outside the years 1 to 9999",
         ));
+    }
+    Ok(())
+}
+
+/// The limit holds for the merged clock: else a state could be stored that can never be updated.
+fn check_clock(clock: &VectorClockSnapshot, address: &Address) -> Result<()> {
+    let what = format!("the vector clock of {address}");
+    let size = clock.iter().map(|(node, _)| node.len() as u64 + 24).sum();
+    within(&what, size, MAX_CAUSALITY_BYTES)?;
+    if clock.iter().any(|(_, count)| count > MAX_COUNTER) {
+        return Err(Error::refused(what, "a count is too large"));
     }
     Ok(())
 }

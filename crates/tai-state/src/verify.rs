@@ -150,30 +150,42 @@ impl StateStore {
     ) -> Result<()> {
         let reader = self.records.reader();
         let mut after: Option<Name> = None;
-        let mut size = 256;
         loop {
-            let (heads, next) = match reader.states(governor, after.clone(), size).await {
-                Ok(page) => page,
-                // One damaged head spoils its page: go on one by one, to name it and its healthy
-                // neighbours.
-                Err(Error::Corrupt { .. }) if size > 1 => {
-                    size = 1;
-                    continue;
-                }
+            let addresses = reader.state_names(governor, after.as_ref(), 256).await?;
+            let Some(last) = addresses.last() else { return Ok(()) };
+            after = Some(last.state.clone());
+            let heads = match reader.heads(&addresses).await {
+                Ok(heads) => heads,
+                // One damaged head spoils all of them: go on one by one.
+                Err(Error::Corrupt { .. } | Error::NewerFormat { .. }) => Vec::new(),
                 Err(error) => return Err(error),
             };
-            for (address, head) in heads {
-                proof.states += 1;
-                if let Err(error) = self.verify_state(&address, &head, proof).await {
+            let mut heads = heads.into_iter();
+            for address in &addresses {
+                let head = match heads.next() {
+                    Some(head) => Ok(head),
+                    None => reader.head(address).await,
+                };
+                let outcome = match head {
+                    Ok(Some(head)) => {
+                        proof.states += 1;
+                        self.verify_state(address, &head, proof).await
+                    }
+                    // Purged since it was listed.
+                    Ok(None) => Ok(()),
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = outcome {
                     proof.note(error)?;
                 }
                 progress(proof.events);
             }
-            match next {
-                Some(next) => after = Some(next),
-                None => return Ok(()),
-            }
         }
+    }
+
+    async fn still_lists(&self, address: &Address, version: u64) -> Result<bool> {
+        let head = self.records.reader().head(address).await?;
+        Ok(head.is_some_and(|known| known.head.snapshot_versions.contains(&version)))
     }
 
     async fn verify_state(
@@ -188,6 +200,8 @@ impl StateStore {
         for version in &head.snapshot_versions {
             match reader.snapshot(address, *version).await? {
                 Some(snapshot) => saved.push(snapshot),
+                // Retention may have removed it since the head was read; then the head says so now.
+                None if !self.still_lists(address, *version).await? => {}
                 None => {
                     proof.problem(format!("the saved snapshot {address} v{version} is missing"));
                 }

@@ -84,6 +84,93 @@ async fn what_is_no_store_is_refused_and_left_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn links_are_followed_once_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    store_at(&at("store.tai")).await;
+    // A symbolic link is the file that it leads to, however it is named, with one log.
+    std::os::unix::fs::symlink(at("store.tai"), at("link.tai")).unwrap();
+    let (direct, linked) = (
+        StateStore::open(at("store.tai")).await.unwrap(),
+        StateStore::open(at("link.tai")).await.unwrap(),
+    );
+    for n in 1..=20 {
+        let store = if n % 2 == 0 { &direct } else { &linked };
+        assert_eq!(store.save_state("g", "n", counter(n), why()).await.unwrap(), n);
+    }
+    drop((direct, linked));
+    std::os::unix::fs::symlink(at("nowhere"), at("dangling.tai")).unwrap();
+    assert_eq!(code_of(&at("dangling.tai")).await, "not_a_store");
+    assert!(!at("nowhere").exists());
+    // A second name is a second log.
+    fs::hard_link(at("store.tai"), at("twin.tai")).unwrap();
+    assert_eq!(code_of(&at("twin.tai")).await, "not_a_store");
+    assert_eq!(code_of(&at("store.tai")).await, "not_a_store");
+    fs::remove_file(at("twin.tai")).unwrap();
+    let store = StateStore::open(at("store.tai")).await.unwrap();
+    assert_eq!(store.get_state("g", "n").await.unwrap().1, 20);
+    // Names that mean something else to SQLite.
+    for name in [":memory:", "file:x.tai?mode=memory", "a b'\"%.tai"] {
+        store_at(&at(name)).await;
+        let store = StateStore::open(at(name)).await.unwrap();
+        assert_eq!(store.get_state("g", "s").await.unwrap().1, 1, "{name}");
+    }
+}
+
+/// A handle whose file has gone, or was replaced by another, takes no more writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_goes_away_takes_no_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.tai");
+    for replaced in [false, true] {
+        let store = StateStore::open(&path).await.unwrap();
+        store.save_state("g", "s", counter(1), why()).await.unwrap();
+        for suffix in ["", "-wal", "-shm"] {
+            let _ = fs::remove_file(folder.path().join(format!("store.tai{suffix}")));
+        }
+        let other = if replaced { Some(StateStore::open(&path).await.unwrap()) } else { None };
+        for _ in 0..2 {
+            let refused = store.save_state("g", "s", counter(2), why()).await.unwrap_err();
+            assert_eq!(refused.code(), "storage_failed", "{refused}");
+        }
+        if let Some(other) = other {
+            assert!(!other.exists("g", "s").await.unwrap());
+            other.save_state("g", "s", counter(7), why()).await.unwrap();
+            drop(store);
+            assert_eq!(other.get_state("g", "s").await.unwrap().0.data, json!({"count": 7}));
+        }
+    }
+}
+
+/// POSIX takes a process's locks away when it closes any descriptor of the file: opening a store a
+/// second time and closing it again must leave the first one's in place.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_handle_takes_no_locks_away() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.tai");
+    let first = StateStore::open(&path).await.unwrap();
+    first.save_state("g", "s", counter(1), why()).await.unwrap();
+    let inode = format!(":{} ", fs::metadata(&path).unwrap().ino());
+    let pid = format!(" {} ", std::process::id());
+    let locks = || {
+        let all = fs::read_to_string("/proc/locks").unwrap();
+        all.lines().filter(|line| line.contains(&inode) && line.contains(&pid)).count()
+    };
+    let before = locks();
+    assert!(before > 0, "SQLite holds no lock: the test shows nothing");
+    for _ in 0..3 {
+        let second = StateStore::open(&path).await.unwrap();
+        second.save_state("g", "s", counter(2), why()).await.unwrap();
+        drop(second);
+        assert_eq!(locks(), before);
+    }
+    drop(first);
+    assert_eq!(locks(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_new_file_is_private_and_leaves_nothing_beside_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("new.tai");

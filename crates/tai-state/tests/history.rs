@@ -24,6 +24,7 @@ on_every_backend![
     time_never_goes_backwards,
     exports_are_equal_after_a_round_trip,
     verify_proves_all,
+    verify_beside_writers_finds_nothing,
 ];
 
 async fn log_transition_checks_where_it_starts(make: Make<'_>) {
@@ -213,4 +214,36 @@ async fn verify_proves_all(make: Make<'_>) {
     assert!(report.ok);
     assert_eq!((report.states, report.events, seen), (3, 250, 250));
     assert_ne!(report.content_hash, empty.content_hash);
+}
+
+/// What retention removes while it looks is no damage.
+async fn verify_beside_writers_finds_nothing(make: Make<'_>) {
+    let config = PersistenceConfig {
+        snapshot_interval: 3,
+        snapshot_retention: 1,
+        ..PersistenceConfig::default()
+    };
+    let store = make(options(|o| o.persistence = config));
+    let writing = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..8 {
+        let (store, writing) = (store.clone(), writing.clone());
+        tasks.spawn(async move {
+            let mut n = 0;
+            while writing.load(std::sync::atomic::Ordering::Relaxed) {
+                let id = format!("s{}-{}", task, n % 20);
+                store.save_state("gov", &id, counter(n), why()).await.unwrap();
+                n += 1;
+                tokio::task::yield_now().await;
+            }
+            n
+        });
+    }
+    for _ in 0..8 {
+        let report = store.verify(|_| {}).await.unwrap();
+        assert!(report.ok, "{:?}", report.problems);
+    }
+    writing.store(false, std::sync::atomic::Ordering::Relaxed);
+    let written: u64 = tasks.join_all().await.into_iter().sum();
+    assert_eq!(store.verify(|_| {}).await.unwrap().events, written);
 }

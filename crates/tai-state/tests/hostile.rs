@@ -18,6 +18,7 @@ on_every_backend![
     hostile_ids_are_kept_or_refused,
     hostile_values_are_kept_or_refused,
     hostile_arguments_are_refused,
+    a_clock_that_was_kept_can_be_updated,
 ];
 
 /// Without the clone and the recursion that `json!` makes.
@@ -173,4 +174,28 @@ async fn hostile_arguments_are_refused(make: Make<'_>) {
         manager.read_write_transaction::<&str, _>("gov", &[], &heavy).await.unwrap_err();
     assert_eq!(too_heavy.code(), "too_large");
     assert_eq!(proved(&store).await, before);
+}
+
+/// The limit holds for what is stored, so that no state is ever kept that cannot be updated.
+async fn a_clock_that_was_kept_can_be_updated(make: Make<'_>) {
+    let store = open(make);
+    let with_clock = |from: u32| {
+        let mut new = counter(1);
+        for node in from..from + 500 {
+            new.causality.increment(&format!("node-{node:010}-{}", "x".repeat(14)));
+        }
+        new
+    };
+    let mut refused = 0;
+    for from in [0, 500, 1_000] {
+        if store.save_state("g", "s", with_clock(from), why()).await.is_err() {
+            refused += 1;
+        }
+        let (read, version) = store.get_state("g", "s").await.unwrap();
+        store.update_state("g", "s", read, version, why()).await.unwrap();
+    }
+    assert!(refused > 0, "the clocks were too small to show anything");
+    // A deep value with an address that is refused for itself.
+    let deep = snapshot_of("s", (0..10_000).fold(Value::Null, |v, _| Value::Array(vec![v])));
+    assert!(store.save_state("", "s", deep, why()).await.is_err());
 }

@@ -1,6 +1,6 @@
 //! `export`: write the whole log as JSON Lines, in canonical order.
 
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::Path;
 
 use flate2::Compression;
@@ -9,7 +9,7 @@ use serde_json::json;
 use tai_state::{ExportSummary, StateStore};
 
 use crate::args::{Export, Format, Global};
-use crate::failure::{Outcome, io};
+use crate::failure::{Failure, Outcome, io};
 use crate::output;
 
 pub(crate) async fn run(global: &Global, store: &StateStore, args: &Export) -> Outcome {
@@ -18,10 +18,15 @@ pub(crate) async fn run(global: &Global, store: &StateStore, args: &Export) -> O
     let count = |transitions| bar.set_position(transitions);
     let summary = match &args.out {
         None => {
-            let mut out = BufWriter::new(std::io::stdout());
-            let summary = store.export(governor, &mut out, count).await?;
-            out.flush().map_err(|error| io("standard output", &error))?;
-            summary
+            let mut out = BufWriter::new(Noting { out: std::io::stdout(), reader_left: false });
+            let summary = match store.export(governor, &mut out, count).await {
+                Ok(summary) => out.flush().map(|()| summary).map_err(|e| io("standard output", &e)),
+                Err(error) => Err(error.into()),
+            };
+            match summary {
+                Err(_) if out.get_ref().reader_left => return Err(Failure::reader_left()),
+                summary => summary?,
+            }
         }
         Some(path) => to_file(store, governor, path, count).await?,
     };
@@ -37,6 +42,25 @@ pub(crate) async fn run(global: &Global, store: &StateStore, args: &Export) -> O
         (Some(_), format) => output::object(format, &json!(summary), &text)?,
     }
     Ok(())
+}
+
+/// Standard output, and whether its reader went away.
+struct Noting {
+    out: std::io::Stdout,
+    reader_left: bool,
+}
+
+impl Write for Noting {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let written = self.out.write(bytes);
+        self.reader_left |=
+            written.as_ref().is_err_and(|error| error.kind() == ErrorKind::BrokenPipe);
+        written
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
 }
 
 /// The file appears under its name when it is complete and synced.

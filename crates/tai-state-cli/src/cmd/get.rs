@@ -20,7 +20,7 @@ pub(crate) async fn run(global: &Global, args: &Get) -> Outcome {
     let snapshot = &record.snapshot;
     if args.raw {
         return output::line(&match global.output {
-            Format::Table => output::visible(&pretty(&snapshot.data)),
+            Format::Table => pretty(&snapshot.data),
             Format::Json | Format::Jsonl => snapshot.data.to_string(),
         });
     }

@@ -14,7 +14,8 @@ use serde_json::json;
 use tai_state::{
     ChangeMetadata, Error, NewTransition, StateMachinePersister, StateStore, TransitionLine,
 };
-use tokio::sync::mpsc;
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::args::{Global, Import};
 use crate::cmd::lines::Lines;
@@ -24,11 +25,16 @@ use crate::{connect, output};
 /// Lines that wait for one task.
 const QUEUE: usize = 16;
 
+/// Bytes of lines that may be on their way at once; in memory a line takes a few times its text.
+const WAITING_BYTES: u32 = 16 << 20;
+
 /// A line on its way to the store.
 struct Item {
     number: u64,
     line: TransitionLine,
     identity: String,
+    /// Given back when the line is durable.
+    _room: OwnedSemaphorePermit,
 }
 
 #[derive(Default)]
@@ -40,7 +46,11 @@ struct Counts {
 }
 
 pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
-    let path = if args.strict { checked(&args.file)? } else { Source::Named(args.file.clone()) };
+    let path = if args.strict {
+        checked(global, &args.file).await?
+    } else {
+        Source::Named(args.file.clone())
+    };
     let lines = Lines::open(path.path())?;
     let store = connect(global, true).await?;
     let counts = Arc::new(Counts::default());
@@ -62,7 +72,8 @@ pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
         tasks.push(tokio::spawn(worker.run(items)));
     }
     let stop = Arc::clone(&counts);
-    let reading = tokio::task::spawn_blocking(move || read(lines, &queues, &stop));
+    let runtime = Handle::current();
+    let reading = tokio::task::spawn_blocking(move || read(lines, &queues, &stop, &runtime));
     let read = match reading.await {
         Ok(read) => read,
         Err(error) => Err(Failure::new(exit::OTHER, "other", format!("reading stopped: {error}"))),
@@ -124,8 +135,9 @@ impl Source {
     }
 }
 
-/// Reads everything and refuses all if one line is wrong.
-fn checked(path: &Path) -> Outcome<Source> {
+/// Reads everything and refuses all if one line is wrong, the deletion of a state that never was
+/// included.
+async fn checked(global: &Global, path: &Path) -> Outcome<Source> {
     let source = if path.as_os_str() == "-" {
         let failed = |error: std::io::Error| io("standard input", &error);
         let mut copy = tempfile::NamedTempFile::new().map_err(failed)?;
@@ -136,17 +148,48 @@ fn checked(path: &Path) -> Outcome<Source> {
     };
     let mut lines = Lines::open(source.path())?;
     let refuse = |failure: Failure| failure.hint("nothing was taken in (--strict)");
-    loop {
-        match next(&mut lines) {
-            Ok(Some(_)) => {}
-            Ok(None) => return Ok(source),
-            Err(failure) => return Err(refuse(failure)),
+    // States that exist after the lines so far; only deletions ask the store.
+    let mut made: HashSet<(String, String)> = HashSet::new();
+    let mut store: Option<Option<StateStore>> = None;
+    while let Some(Read { number, line, .. }) = next(&mut lines).map_err(refuse)? {
+        let address = (line.governor_id, line.state_id);
+        if !line.deleted {
+            made.insert(address);
+            continue;
+        }
+        if made.remove(&address) {
+            continue;
+        }
+        if store.is_none() {
+            let opened = match connect(global, false).await {
+                Ok(store) => Some(store),
+                Err(failure) if failure.exit == exit::NOT_FOUND => None,
+                Err(failure) => return Err(refuse(failure)),
+            };
+            store = Some(opened);
+        }
+        let known = match store.as_ref().and_then(Option::as_ref) {
+            Some(store) => store.record(&address.0, &address.1).await?.is_some(),
+            None => false,
+        };
+        if !known {
+            let message = format!("line {number}: it deletes a state that does not exist");
+            let failure = Failure::new(exit::NOT_FOUND, "state_not_found", message);
+            return Err(refuse(failure.with("line", number)));
         }
     }
+    Ok(source)
+}
+
+/// A transition of the input.
+struct Read {
+    number: u64,
+    line: TransitionLine,
+    bytes: usize,
 }
 
 /// The next transition of the input, checked as far as it can be without the store.
-fn next(lines: &mut Lines) -> Outcome<Option<(u64, TransitionLine)>> {
+fn next(lines: &mut Lines) -> Outcome<Option<Read>> {
     let Some(line) = lines.next()? else { return Ok(None) };
     let number = line.number;
     let text = line.text.to_owned();
@@ -158,14 +201,20 @@ fn next(lines: &mut Lines) -> Outcome<Option<(u64, TransitionLine)>> {
                 .with("line", number)
                 .hint("the lines before it were taken in; mend the line and run it again")
         })?;
-    Ok(Some((number, line)))
+    Ok(Some(Read { number, line, bytes: text.len() }))
 }
 
-fn read(mut lines: Lines, queues: &[mpsc::Sender<Item>], counts: &Counts) -> Outcome {
+fn read(
+    mut lines: Lines,
+    queues: &[mpsc::Sender<Item>],
+    counts: &Counts,
+    runtime: &Handle,
+) -> Outcome {
+    let room = Arc::new(Semaphore::new(WAITING_BYTES as usize));
     // How often each line was seen, by a hash of it: a collision only makes a count larger, the same
     // in every run.
     let mut seen: HashMap<u64, u64> = HashMap::new();
-    while let Some((number, line)) = next(&mut lines)? {
+    while let Some(Read { number, line, bytes }) = next(&mut lines)? {
         if counts.failed.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -178,8 +227,12 @@ fn read(mut lines: Lines, queues: &[mpsc::Sender<Item>], counts: &Counts) -> Out
         (&line.governor_id, &line.state_id).hash(&mut hasher);
         let at = usize::try_from(hasher.finish() % queues.len() as u64).unwrap_or(0);
         let Some(queue) = queues.get(at) else { return Ok(()) };
+        let bytes = u32::try_from(bytes).unwrap_or(WAITING_BYTES).min(WAITING_BYTES);
+        let Ok(room) = runtime.block_on(Arc::clone(&room).acquire_many_owned(bytes)) else {
+            return Ok(());
+        };
         // A task that ended has failed, and says so itself.
-        if queue.blocking_send(Item { number, line, identity }).is_err() {
+        if queue.blocking_send(Item { number, line, identity, _room: room }).is_err() {
             return Ok(());
         }
     }
@@ -189,8 +242,18 @@ fn read(mut lines: Lines, queues: &[mpsc::Sender<Item>], counts: &Counts) -> Out
 /// What a worker knows of a state.
 struct Known {
     version: u64,
-    /// The identities of its events that this import has not met yet.
-    ids: HashSet<String>,
+    /// The version of each event that was there before, by its identity, and by the identity that its
+    /// line would have if it were exported: so that a store also knows its own export.
+    ids: HashMap<String, u64>,
+    /// Versions that a line was found for.
+    met: HashSet<u64>,
+}
+
+impl Known {
+    /// Whether there is an event for this line that no other line was found for.
+    fn meets(&mut self, identity: &str) -> bool {
+        self.ids.remove(identity).is_some_and(|version| self.met.insert(version))
+    }
 }
 
 struct Worker {
@@ -209,7 +272,7 @@ impl Worker {
             if let Err(failure) = self.take(item).await {
                 self.counts.failed.store(true, Ordering::Relaxed);
                 let failure = failure.context(&format!("line {number}")).with("line", number);
-                return Err((number, failure));
+                return Err((number, failure.part_way()));
             }
             self.bar.inc(1);
         }
@@ -217,7 +280,7 @@ impl Worker {
     }
 
     async fn take(&mut self, item: Item) -> Outcome {
-        let Item { number, line, identity } = item;
+        let Item { number, line, identity, _room: room } = item;
         loop {
             let address = (line.governor_id.clone(), line.state_id.clone());
             let known = match self.known.entry(address) {
@@ -227,7 +290,7 @@ impl Worker {
                     place.insert(look(&self.store, &line).await?)
                 }
             };
-            if known.ids.remove(&identity) {
+            if known.meets(&identity) {
                 self.counts.known.fetch_add(1, Ordering::Relaxed);
                 return Ok(());
             }
@@ -237,6 +300,7 @@ impl Worker {
                 Ok(event) => {
                     known.version = event.version();
                     self.counts.applied.fetch_add(1, Ordering::Relaxed);
+                    drop(room);
                     if self.acks {
                         output::line(
                             &json!({
@@ -271,7 +335,8 @@ fn transition(line: &TransitionLine) -> NewTransition {
 
 /// What the store has of a line's state already.
 async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
-    let mut known = Known { version: 0, ids: HashSet::new() };
+    let mut known = Known { version: 0, ids: HashMap::new(), met: HashSet::new() };
+    let mut equal: HashMap<String, u64> = HashMap::new();
     let mut history = match store.history(&line.governor_id, &line.state_id, ..).await {
         Ok(history) => history,
         Err(Error::StateNotFound { .. }) => return Ok(known),
@@ -281,6 +346,12 @@ async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
         let page = history.next_page().await?;
         let Some(last) = page.last() else { return Ok(known) };
         known.version = last.version();
-        known.ids.extend(page.into_iter().map(|event| event.id));
+        for event in page {
+            let line = TransitionLine::from(&event);
+            let count = equal.entry(line.identity(0)).or_default();
+            known.ids.insert(line.identity(*count), event.version());
+            *count += 1;
+            known.ids.insert(event.id, event.to_state.version);
+        }
     }
 }

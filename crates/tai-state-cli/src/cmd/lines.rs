@@ -35,8 +35,12 @@ impl Lines {
         } else {
             Box::new(File::open(path).map_err(failed)?)
         };
-        let mut plain = BufReader::with_capacity(1 << 16, plain);
-        let is_gzip = plain.fill_buf().map_err(failed)?.starts_with(&[0x1f, 0x8b]);
+        let mut plain = plain;
+        // A slow pipe may give one byte at a time.
+        let mut first = Vec::with_capacity(2);
+        plain.by_ref().take(2).read_to_end(&mut first).map_err(failed)?;
+        let is_gzip = first == [0x1f, 0x8b];
+        let plain = BufReader::with_capacity(1 << 16, io::Cursor::new(first).chain(plain));
         let reader: Box<dyn BufRead + Send> = if is_gzip {
             Box::new(BufReader::with_capacity(1 << 16, MultiGzDecoder::new(plain)))
         } else {

@@ -85,6 +85,19 @@ impl Read for Cut {
         Ok(Page { documents, next })
     }
 
+    async fn names(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        let matches = |key: &&Key| {
+            key.governor == *governor && key.kind == kind && after.is_none_or(|a| key.name > *a)
+        };
+        Ok(self.0.keys().filter(matches).map(|key| key.name.clone()).take(limit).collect())
+    }
+
     async fn governors(
         &self,
         after: Option<&Name>,
@@ -115,6 +128,16 @@ impl Read for MemoryBackend {
 
     async fn scan(&self, scan: &Scan) -> Result<Page, BackendError> {
         self.cut().scan(scan).await
+    }
+
+    async fn names(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        self.cut().names(governor, kind, after, limit).await
     }
 
     async fn governors(

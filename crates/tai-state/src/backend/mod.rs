@@ -302,6 +302,19 @@ pub trait Read: Send + Sync + fmt::Debug {
     /// [`Invalid`](BackendError::Invalid) when kind and range do not fit.
     async fn scan(&self, scan: &Scan) -> Result<Page, BackendError>;
 
+    /// The names of the documents of an unversioned kind after a name, ascending, at most `limit`,
+    /// whether or not their bodies can be read: for those who look for damage.
+    ///
+    /// # Errors
+    /// As [`scan`](Read::scan), but for damaged bodies.
+    async fn names(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError>;
+
     /// The governors that have, or had, a document, ascending, after the given one, at most
     /// `limit`.
     ///

@@ -97,6 +97,16 @@ impl Read for BrokenBackend {
         Ok(page)
     }
 
+    async fn names(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        self.inner.names(governor, kind, after, limit).await
+    }
+
     async fn governors(
         &self,
         after: Option<&Name>,

@@ -1,8 +1,9 @@
 //! What tests of a backend need: the contract as a list of behaviours, and backends that are broken
-//! on purpose, to show that the list notices.
+//! on purpose, to show that the list notices; and a backend whose answers are lost.
 
 pub mod broken;
 pub mod conformance;
+pub mod faults;
 
 #[cfg(test)]
 pub(crate) use arbitrary::arbitrary_json;

@@ -2,12 +2,13 @@
 //! the settings under which "committed" means durable.
 
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
+use super::held::{Held, names_of};
 use super::rows::{RowError, Rows, corrupt};
 use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc};
 use crate::backend::Identity;
@@ -33,13 +34,18 @@ mod meta {
     pub(super) const ROOTS: &str = "roots";
 }
 
-/// Finds or makes the file, and proves that it is a store of a format that is known. Returns
-/// a connection that may write, and which store it is.
-pub(crate) fn open(
-    path: &Path,
-    create: bool,
-    allow_ephemeral: bool,
-) -> Result<(Connection, Identity)> {
+/// What opening gives.
+pub(crate) struct Opened {
+    /// A connection that may write.
+    pub(crate) conn: Connection,
+    pub(crate) identity: Identity,
+    /// The file itself, whatever the working directory becomes or a link leads to later.
+    pub(crate) path: PathBuf,
+    pub(crate) held: Held,
+}
+
+/// Finds or makes the file, and proves that it is a store of a format that is known.
+pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<Opened> {
     let location = path.display().to_string();
     if !allow_ephemeral && std::env::var_os("K_SERVICE").is_some() {
         return Err(Error::refused(
@@ -49,21 +55,21 @@ pub(crate) fn open(
         ));
     }
     match fs::metadata(path) {
-        Ok(found) => recognise(path, &location, &found)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound && create => {
-            make(path, &location)?;
-        }
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound && create => make(path, &location)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             return Err(not_a_store(&location, "there is no such file"));
         }
         Err(error) => return Err(io_error(&location, &error)),
     }
-    let conn = connect(path).map_err(|error| opening(&location, error.into()))?;
+    let path = fs::canonicalize(path).map_err(|error| io_error(&location, &error))?;
+    let held = recognise(&path, &location)?;
+    let conn = connect(&path).map_err(|error| opening(&location, error.into()))?;
     let identity = prove(&conn, &location).map_err(|error| match error {
         ProofError::Rows(error) => opening(&location, error),
         ProofError::Final(error) => error,
     })?;
-    Ok((conn, identity))
+    Ok(Opened { conn, identity, path, held })
 }
 
 /// One more connection to a file that was opened before.
@@ -104,7 +110,8 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
 
 /// Looks at the header before SQLite does: what is refused here is refused with its reason, and is
 /// not touched.
-fn recognise(path: &Path, location: &str, found: &fs::Metadata) -> Result<()> {
+fn recognise(path: &Path, location: &str) -> Result<Held> {
+    let found = fs::metadata(path).map_err(|error| io_error(location, &error))?;
     if found.is_dir() {
         return Err(not_a_store(location, "it is a directory"));
     }
@@ -114,11 +121,14 @@ fn recognise(path: &Path, location: &str, found: &fs::Metadata) -> Result<()> {
     if found.len() == 0 {
         return Err(not_a_store(location, "it is empty"));
     }
-    // Opening for writing now tells a read-only file from one that fails later.
-    let file = File::options().read(true).write(true).open(path);
-    let mut header = Vec::with_capacity(100);
-    file.and_then(|file| file.take(100).read_to_end(&mut header))
-        .map_err(|error| io_error(location, &error))?;
+    if names_of(&found) > 1 {
+        return Err(not_a_store(
+            location,
+            "it has more than one name (hard links): each name would get a log of its own; make a copy",
+        ));
+    }
+    let held = Held::open(path, &found).map_err(|error| io_error(location, &error))?;
+    let header = held.header().map_err(|error| io_error(location, &error))?;
     let at = |range: std::ops::Range<usize>| header.get(range).unwrap_or_default();
     let is_sqlite = at(0..16) == b"SQLite format 3\0";
     let is_ours = at(68..72) == APPLICATION_ID.to_be_bytes();
@@ -159,7 +169,7 @@ fn recognise(path: &Path, location: &str, found: &fs::Metadata) -> Result<()> {
     if format != FORMAT as u64 || !journal || !fixed {
         return Err(damaged(location, "its header does not say what the header of a store says"));
     }
-    Ok(())
+    Ok(held)
 }
 
 /// Whether an SQLite file whose header lost its name is a store all the same. Read only.
@@ -185,7 +195,11 @@ fn format_in_table(path: &Path) -> Option<u64> {
 /// Makes the file under another name and links it to its own only when it is complete and synced,
 /// so that a power cut leaves no half of it, and of two processes that make it only one does.
 fn make(path: &Path, location: &str) -> Result<()> {
-    if sidecar(path, "-wal").exists() {
+    if path.symlink_metadata().is_ok_and(|found| found.is_symlink()) {
+        return Err(not_a_store(location, "it is a symbolic link that leads to no file"));
+    }
+    // Unless somebody else has just made the store.
+    if sidecar(path, "-wal").exists() && !path.exists() {
         return Err(not_a_store(
             location,
             "there is no such file, but its write-ahead log (-wal) is there: bring the file back, or \
@@ -197,10 +211,12 @@ fn make(path: &Path, location: &str) -> Result<()> {
         _ => Path::new("."),
     };
     let failed = |error: io::Error| io_error(location, &error);
+    // Absolute, so that SQLite finds no special meaning in the name.
+    let parent = fs::canonicalize(parent).map_err(failed)?;
     let temporary = tempfile::Builder::new()
         .prefix(".tai-state-")
         .suffix(".new")
-        .tempfile_in(parent)
+        .tempfile_in(&parent)
         .map_err(failed)?
         .into_temp_path();
     build(&temporary).map_err(|error| opening(location, error))?;
@@ -211,7 +227,7 @@ fn make(path: &Path, location: &str) -> Result<()> {
         Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(io_error(location, &error.error)),
     }
-    File::open(parent).and_then(|directory| directory.sync_all()).map_err(failed)
+    File::open(&parent).and_then(|directory| directory.sync_all()).map_err(failed)
 }
 
 fn build(path: &Path) -> Rows<()> {
@@ -389,6 +405,13 @@ fn damaged(location: &str, reason: &str) -> Error {
 }
 
 fn opening(location: &str, error: RowError) -> Error {
+    // The file itself could be opened, so it is the folder: its log cannot be made.
+    if let RowError::Sqlite(error) = &error
+        && error.sqlite_error_code() == Some(rusqlite::ErrorCode::CannotOpen)
+    {
+        let reason = format!("{error}: may files be made in its folder?");
+        return Error::PermissionDenied { location: location.to_owned(), reason };
+    }
     crate::records::lift(super::port_error(error, location), location)
 }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `file.rs` | create, recognise and open the file |
 //! | `tables.rs` | its tables, and the check that every row carries |
+//! | `held.rs` | the one descriptor of the file in this process |
 //! | `rows.rs` | read documents and prove them |
 //! | `writer.rs` | the one thread that writes |
 //!
@@ -11,6 +12,7 @@
 //! their groups, and every group judges its preconditions inside its own transaction.
 
 mod file;
+mod held;
 mod rows;
 mod tables;
 #[cfg(test)]
@@ -22,12 +24,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use rusqlite::{Connection, ErrorCode};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
+use self::held::Held;
 use self::rows::{RowError, Rows};
 use super::{
     Backend, BackendError, Committed, Document, Identity, Key, Kind, Limits, Name, Page, Read,
@@ -36,8 +40,11 @@ use super::{
 use crate::clock::{Clock, SystemClock};
 use crate::error::Result;
 
-/// Readings at the same time; more wait.
+/// Readings at the same time, and connections that are kept for them; more wait.
 const READERS: usize = 8;
+/// Views at the same time; more wait, and are refused after a while.
+const VIEWS: usize = 64;
+const VIEW_WAIT: Duration = Duration::from_secs(30);
 
 /// The embedded store in one file.
 #[derive(Debug)]
@@ -50,13 +57,19 @@ pub struct EmbeddedBackend {
     writer: Option<JoinHandle<()>>,
 }
 
+/// Why a handle ends when its file is not under its name any more.
+const REPLACED: &str = "the file was removed or replaced while it was open";
+
 /// Connections for reading.
 struct Pool {
     path: PathBuf,
     location: String,
     idle: Mutex<Vec<Connection>>,
     permits: Semaphore,
+    views: Arc<Semaphore>,
     failed: Arc<AtomicBool>,
+    /// Last, so that it is closed after the connections.
+    held: Arc<Held>,
 }
 
 impl fmt::Debug for Pool {
@@ -85,7 +98,9 @@ impl EmbeddedBackend {
 
     fn open_blocking(path: PathBuf, create: bool, allow_ephemeral_disk: bool) -> Result<Self> {
         let location = path.display().to_string();
-        let (conn, identity) = file::open(&path, create, allow_ephemeral_disk)?;
+        let file::Opened { conn, identity, path, held } =
+            file::open(&path, create, allow_ephemeral_disk)?;
+        let held = Arc::new(held);
         tracing::info!(
             location,
             store = identity.store,
@@ -97,7 +112,11 @@ impl EmbeddedBackend {
         let writer = writer::Writer::new(
             conn,
             waiting,
-            location.clone(),
+            writer::Place {
+                path: path.clone(),
+                location: location.clone(),
+                held: Arc::clone(&held),
+            },
             Arc::clone(&failed),
             Arc::clone(&commits),
         );
@@ -113,7 +132,9 @@ impl EmbeddedBackend {
             location,
             idle: Mutex::default(),
             permits: Semaphore::new(READERS),
+            views: Arc::new(Semaphore::new(VIEWS)),
             failed,
+            held,
         };
         let (requests, writer) = (Some(requests), Some(writer));
         Ok(Self { identity, pool: Arc::new(pool), commits, requests, writer })
@@ -146,6 +167,9 @@ impl Pool {
             Some(conn) => Ok(conn),
             None => {
                 let conn = file::connect(&self.path)?;
+                if !self.held.is_at(&self.path) {
+                    return Err(BackendError::Failed(REPLACED.into()).into());
+                }
                 conn.pragma_update(None, "query_only", "ON")?;
                 Ok(conn)
             }
@@ -153,10 +177,12 @@ impl Pool {
     }
 
     fn give_back(&self, conn: Connection) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         // One that is still inside a transaction is not fit for reuse.
-        if conn.is_autocommit() {
-            self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(conn);
+        if conn.is_autocommit() && idle.len() < READERS {
+            idle.push(conn);
         } else {
+            drop(idle);
             self.discard(&conn);
         }
     }
@@ -227,14 +253,20 @@ fn port_error(error: RowError, location: &str) -> BackendError {
         Some(
             ErrorCode::PermissionDenied
             | ErrorCode::ReadOnly
-            | ErrorCode::CannotOpen
             | ErrorCode::AuthorizationForStatementDenied,
         ) => BackendError::Denied(error.to_string()),
         Some(ErrorCode::TooBig) => {
             BackendError::TooLarge { what: "a document".into(), size: 0, limit: 1_000_000_000 }
         }
         Some(
-            ErrorCode::SystemIoFailure | ErrorCode::OutOfMemory | ErrorCode::OperationInterrupted,
+            ErrorCode::SystemIoFailure
+            | ErrorCode::OutOfMemory
+            | ErrorCode::OperationInterrupted
+            | ErrorCode::OperationAborted
+            | ErrorCode::FileLockingProtocolFailed
+            | ErrorCode::SchemaChanged
+            // The file could be opened before: this process has too many files open.
+            | ErrorCode::CannotOpen,
         ) => BackendError::Unavailable(error.to_string()),
         // The statements are fixed: if one does not fit the tables, or a column does not hold what
         // it must, then the file is not as it was made.
@@ -252,6 +284,17 @@ impl Read for EmbeddedBackend {
     async fn scan(&self, scan: &Scan) -> Result<Page, BackendError> {
         let scan = scan.clone();
         self.pool.read(move |conn| rows::scan(conn, &scan)).await
+    }
+
+    async fn names(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        let (governor, after) = (governor.clone(), after.cloned());
+        self.pool.read(move |conn| rows::names(conn, &governor, kind, after.as_ref(), limit)).await
     }
 
     async fn governors(
@@ -286,6 +329,10 @@ impl Backend for EmbeddedBackend {
     }
 
     async fn view(&self) -> Result<Box<dyn Read>, BackendError> {
+        let permit = tokio::time::timeout(VIEW_WAIT, Arc::clone(&self.pool.views).acquire_owned());
+        let Ok(Ok(permit)) = permit.await else {
+            return Err(BackendError::Unavailable(format!("{VIEWS} views are open already")));
+        };
         let pool = Arc::clone(&self.pool);
         let begun = tokio::task::spawn_blocking(move || {
             let conn = pool.take()?;
@@ -295,10 +342,8 @@ impl Backend for EmbeddedBackend {
             Ok(conn)
         });
         let conn = self.pool.answer(begun.await)?;
-        Ok(Box::new(FileView {
-            pool: Arc::clone(&self.pool),
-            conn: Arc::new(Mutex::new(Some(conn))),
-        }))
+        let conn = Arc::new(Mutex::new(Some(conn)));
+        Ok(Box::new(FileView { conn, pool: Arc::clone(&self.pool), _permit: permit }))
     }
 
     async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
@@ -325,8 +370,9 @@ impl Backend for EmbeddedBackend {
 /// A read transaction that stays open.
 #[derive(Debug)]
 struct FileView {
-    pool: Arc<Pool>,
     conn: Arc<Mutex<Option<Connection>>>,
+    pool: Arc<Pool>,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl FileView {
@@ -371,6 +417,17 @@ impl Read for FileView {
     async fn scan(&self, scan: &Scan) -> Result<Page, BackendError> {
         let scan = scan.clone();
         self.read(move |conn| rows::scan(conn, &scan)).await
+    }
+
+    async fn names(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        let (governor, after) = (governor.clone(), after.cloned());
+        self.read(move |conn| rows::names(conn, &governor, kind, after.as_ref(), limit)).await
     }
 
     async fn governors(

@@ -162,6 +162,15 @@ pub(crate) fn versioned_row(conn: &Connection, state: i64, key: &Key) -> Rows<Op
     found.map(|(id, revision, body, crc)| checked(key, id, revision, body, crc)).transpose()
 }
 
+/// Only the id of that row; what it holds is not proved.
+pub(crate) fn versioned_place(conn: &Connection, state: i64, key: &Key) -> Rows<Option<i64>> {
+    let found = conn
+        .prepare_cached(statements(key.kind).get)?
+        .query_row(params![state, Unsigned(key.version)], |row| row.get(0))
+        .optional()?;
+    Ok(found)
+}
+
 /// The row of the state that a versioned document belongs to.
 pub(crate) fn state_of(conn: &Connection, key: &Key) -> Rows<Option<i64>> {
     let state = Key { kind: Kind::States, version: 0, ..key.clone() };
@@ -268,17 +277,61 @@ fn scan_names(conn: &Connection, scan: &Scan, after: Option<&Name>) -> Rows<Page
         refuse_lost_cursor(conn, scan, after)?;
     }
     drop(rows);
-    if scan.kind == Kind::States {
-        let counted: u64 = conn
-            .prepare_cached("SELECT count(*) FROM state WHERE governor = ?1 AND name > ''")?
-            .query_row([governor.id], |row| row.get::<_, Unsigned>(0))?
-            .0;
-        if counted != governor.states {
-            let reason = format!("{counted} are in its index, {} were counted", governor.states);
-            return Err(corrupt(list(scan), reason));
+    count_states(conn, scan, &governor)?;
+    Ok(gather.page(false))
+}
+
+/// Names without their bodies. The same walk as a scan, and counted like one when it reaches the end.
+pub(crate) fn names(
+    conn: &Connection,
+    of: &Name,
+    kind: Kind,
+    after: Option<&Name>,
+    limit: usize,
+) -> Rows<Vec<Name>> {
+    let scan = Scan { governor: of.clone(), kind, range: Range::Names { after: None }, limit };
+    refuse_misfit(&scan)?;
+    let Some(governor) = governor(conn, of)? else {
+        check_governors(conn)?;
+        return Ok(Vec::new());
+    };
+    let mut statement = conn.prepare_cached(statements(kind).names)?;
+    let mut rows =
+        statement.query(params![governor.id, after.map(Name::as_str).unwrap_or_default()])?;
+    let mut names: Vec<Name> = Vec::new();
+    while names.len() < limit {
+        let Some(row) = rows.next()? else {
+            drop(rows);
+            count_states(conn, &scan, &governor)?;
+            return Ok(names);
+        };
+        let text: String = row.get(0)?;
+        let name = Name::from_escaped(&text)
+            .filter(|name| names.last().or(after).is_none_or(|last| last < name));
+        let Some(name) = name else {
+            return Err(corrupt(list(&scan), format!("{text:?} is out of place")));
+        };
+        if row.get(1)? {
+            names.push(name);
         }
     }
-    Ok(gather.page(false))
+    Ok(names)
+}
+
+/// At the end of a list of states its index is counted.
+fn count_states(conn: &Connection, scan: &Scan, governor: &Governor) -> Rows<()> {
+    if scan.kind != Kind::States {
+        return Ok(());
+    }
+    let counted: u64 = conn
+        .prepare_cached("SELECT count(*) FROM state WHERE governor = ?1 AND name > ''")?
+        .query_row([governor.id], |row| row.get::<_, Unsigned>(0))?
+        .0;
+    if counted == governor.states {
+        return Ok(());
+    }
+    let reason = format!("{counted} are in its index, {} were counted", governor.states);
+    Err(corrupt(list(scan), reason))
 }
 
 /// A scan that continues after a row starts at that row. If it did not meet it, then the row must

@@ -65,6 +65,8 @@ pub(crate) struct Statements {
     /// Unversioned only: the row that was made last.
     pub(crate) newest: &'static str,
     pub(crate) scan: &'static str,
+    /// Unversioned only: names after a name, and whether there is a document.
+    pub(crate) names: &'static str,
     pub(crate) insert: &'static str,
     pub(crate) update: &'static str,
     pub(crate) delete: &'static str,
@@ -84,6 +86,7 @@ macro_rules! named {
             newest: concat!("SELECT id, governor, name, key_hash FROM ", $table, " ORDER BY id DESC LIMIT 1"),
             // From the last name on, that name included: it must still be there, or the index is damaged.
             scan: concat!("SELECT name, revision, body, crc FROM ", $table, " WHERE governor = ?1 AND name >= ?2 ORDER BY name"),
+            names: concat!("SELECT name, body IS NOT NULL FROM ", $table, " WHERE governor = ?1 AND name > ?2 ORDER BY name"),
             insert: concat!("INSERT INTO ", $table, " (governor, name, key_hash, revision, body, crc) VALUES (?1, ?2, ?3, ?4, ?5, ?6)"),
             update: concat!("UPDATE ", $table, " SET revision = ?2, body = ?3, crc = ?4 WHERE id = ?1"),
             delete: concat!("DELETE FROM ", $table, " WHERE id = ?1"),
@@ -104,6 +107,7 @@ macro_rules! versioned {
             get_by_hash: "",
             ids_by_hash: "",
             newest: "",
+            names: "",
             scan: concat!(
                 "SELECT version, revision, body, crc FROM ",
                 $table,

@@ -154,3 +154,66 @@ async fn after_the_drop_there_is_one_file() {
         std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["a.tai"]);
 }
+
+/// A saved snapshot that is damaged stops neither its state nor anybody else, and verify names it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_saved_snapshot_stops_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let mut options = StoreOptions::default();
+    options.persistence.snapshot_interval = 2;
+    options.persistence.snapshot_retention = 2;
+    let store = StateStore::open_with(&path, options).await.unwrap();
+    let why = || ChangeMetadata::new("test", "", None);
+    let state = |n: u64| StateSnapshot::new("s".into(), json!(n), why());
+    for n in 1..=5 {
+        store.save_state("g", "s", state(n), why()).await.unwrap();
+    }
+    raw(&path).execute_batch("UPDATE snapshot SET body = replace(body, '2', '3')").unwrap();
+    let report = store.verify(|_| {}).await.unwrap();
+    assert!(!report.ok && report.problems.iter().any(|p| p.contains("snapshots")), "{report:?}");
+    let persister = crate::StateMachinePersister::with_defaults(store.clone());
+    assert_eq!(persister.load_state("g", "s").await.unwrap().0.data, json!(5));
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..20 {
+        let store = store.clone();
+        let state = state(task);
+        tasks.spawn(async move { store.save_state("g", format!("t{task}"), state, why()).await });
+    }
+    for n in 6..=9 {
+        assert_eq!(store.save_state("g", "s", state(n), why()).await.unwrap(), n);
+    }
+    assert!(tasks.join_all().await.iter().all(Result::is_ok));
+    // The damaged ones have been replaced by now.
+    assert!(store.verify(|_| {}).await.unwrap().ok);
+}
+
+/// A request that meets damage fails alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_row_fails_only_those_who_touch_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = Arc::new(open(&path).await.unwrap());
+    backend.commit(vec![put("bad"), put("good")]).await.unwrap();
+    raw(&path).execute_batch("UPDATE state SET body = '{}' WHERE name = 'bad'").unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..40 {
+        let backend = Arc::clone(&backend);
+        tasks.spawn(async move {
+            // Half of them write something else first, which must not stay.
+            let writes = if n % 2 == 0 {
+                vec![put(&format!("new{n}"))]
+            } else {
+                vec![put(&format!("half{n}")), put("bad")]
+            };
+            (n, backend.commit(writes).await)
+        });
+    }
+    for (n, outcome) in tasks.join_all().await {
+        assert_eq!(outcome.is_ok(), n % 2 == 0, "{n}: {outcome:?}");
+    }
+    let names: Vec<Name> =
+        backend.names(&Name::escape("g", "id").unwrap(), Kind::States, None, 100).await.unwrap();
+    assert_eq!(names.len(), 2 + 20);
+    assert!(names.iter().all(|name| !name.as_str().starts_with("half")));
+}

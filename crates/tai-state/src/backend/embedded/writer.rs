@@ -6,6 +6,7 @@
 //! a failed sync the system may have dropped the very pages that a second sync would report as safe.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
@@ -13,6 +14,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, params};
 use tokio::sync::oneshot;
 
+use super::held::Held;
 use super::rows::{self, RowError, Rows};
 use super::tables::{Unsigned, document_crc, key_hash, statements};
 use super::{file, port_error};
@@ -44,11 +46,19 @@ impl Request {
     }
 }
 
-/// What the writer's thread owns.
+/// Where the file is.
+pub(crate) struct Place {
+    pub(crate) path: PathBuf,
+    /// As the user named it.
+    pub(crate) location: String,
+    pub(crate) held: Arc<Held>,
+}
+
+/// What the writer's thread owns. The connection goes before the descriptor.
 pub(crate) struct Writer {
     conn: Connection,
     requests: mpsc::Receiver<Request>,
-    location: String,
+    place: Place,
     /// Set for ever when a sync failed.
     failed: Arc<AtomicBool>,
     /// Pages in the log after the newest commit.
@@ -81,7 +91,7 @@ impl Writer {
     pub(crate) fn new(
         mut conn: Connection,
         requests: mpsc::Receiver<Request>,
-        location: String,
+        place: Place,
         failed: Arc<AtomicBool>,
         commits: Arc<AtomicU64>,
     ) -> Self {
@@ -94,7 +104,7 @@ impl Writer {
         if let Err(error) = conn.wal_hook(Some(hook)) {
             tracing::error!(%error, "the log's size cannot be watched");
         }
-        Self { conn, requests, location, failed, log_pages, folded_at: 0, commits }
+        Self { conn, requests, place, failed, log_pages, folded_at: 0, commits }
     }
 
     /// Runs until all senders are gone.
@@ -121,6 +131,10 @@ impl Writer {
     }
 
     fn commit(&mut self, group: Vec<Request>) {
+        // What is written to a file without a name is lost when it is closed.
+        if !self.place.held.is_at(&self.place.path) {
+            self.poison(super::REPLACED);
+        }
         if self.failed.load(Ordering::Acquire) {
             for request in group {
                 let _ = request.answer.send(Err(poisoned()));
@@ -151,11 +165,7 @@ impl Writer {
         for request in group {
             answers.push(match &moved {
                 Some(to) => Err(BackendError::Moved(to.clone())),
-                None => match step.judge(&request.writes) {
-                    Ok(()) => Ok(step.write(&request.writes)?),
-                    Err(RowError::Port(refused)) => Err(refused),
-                    Err(error) => return Err(error.into()),
-                },
+                None => step.take(&request.writes)?,
             });
         }
         if step.revision == before {
@@ -175,7 +185,7 @@ impl Writer {
         }
         let answer = match error {
             GroupError::Before(RowError::Port(error)) => {
-                tracing::error!(%error, location = %self.location, "nothing can be written");
+                tracing::error!(%error, location = %self.place.location, "nothing can be written");
                 copy(error)
             }
             GroupError::Before(RowError::Sqlite(error)) => self.port_error(error),
@@ -192,11 +202,11 @@ impl Writer {
     }
 
     fn port_error(&self, error: &rusqlite::Error) -> BackendError {
-        port_error(RowError::Sqlite(copy_sqlite(error)), &self.location)
+        port_error(RowError::Sqlite(copy_sqlite(error)), &self.place.location)
     }
 
     fn poison(&self, reason: &str) {
-        tracing::error!(reason, location = %self.location, "the storage failed; this handle writes no more");
+        tracing::error!(reason, location = %self.place.location, "the storage failed; this handle writes no more");
         self.failed.store(true, Ordering::Release);
     }
 
@@ -232,7 +242,9 @@ fn is_harmless(error: &rusqlite::Error) -> bool {
 }
 
 fn poisoned() -> BackendError {
-    BackendError::Failed("a write or sync failed earlier".to_owned())
+    BackendError::Failed(
+        "a write or sync failed earlier, or the file was removed or replaced".to_owned(),
+    )
 }
 
 /// The same error for each of a group.
@@ -271,6 +283,29 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
+    /// One request, whole or not at all. What is wrong with it, damage to what it touches included,
+    /// is its own answer and does not concern the others of the group.
+    fn take(&mut self, writes: &[Write]) -> Rows<Answer> {
+        match self.judge(writes) {
+            Ok(()) => {}
+            Err(RowError::Port(refused)) => return Ok(Err(refused)),
+            Err(error) => return Err(error),
+        }
+        let before = self.revision;
+        self.conn.prepare_cached("SAVEPOINT request")?.execute([])?;
+        let outcome = self.write(writes);
+        if let Err(RowError::Port(refused)) = outcome {
+            self.conn.prepare_cached("ROLLBACK TO request")?.execute([])?;
+            self.conn.prepare_cached("RELEASE request")?.execute([])?;
+            self.revision = before;
+            // Rows that it made are gone.
+            self.states.clear();
+            return Ok(Err(refused));
+        }
+        self.conn.prepare_cached("RELEASE request")?.execute([])?;
+        Ok(Ok(outcome?))
+    }
+
     /// Checks every precondition of a request before any of it is written.
     fn judge(&mut self, writes: &[Write]) -> Rows<()> {
         for write in writes {
@@ -299,6 +334,18 @@ impl Group<'_> {
             };
         }
         rows::named_row(self.conn, key)
+    }
+
+    /// The row of a document that is about to be overwritten or removed: what it holds need not be
+    /// proved, so that a damaged saved snapshot does not stop its state.
+    fn place_of(&mut self, key: &Key) -> Rows<Option<i64>> {
+        if key.kind.is_versioned() {
+            return match self.state(key)? {
+                Some(state) => rows::versioned_place(self.conn, state, key),
+                None => Ok(None),
+            };
+        }
+        Ok(rows::named_row(self.conn, key)?.map(|row| row.id))
     }
 
     fn revision_of(&mut self, key: &Key) -> Rows<Option<Revision>> {
@@ -363,15 +410,15 @@ impl Group<'_> {
     }
 
     fn delete(&mut self, key: &Key, revision: Revision) -> Rows<()> {
-        let Some(row) = self.row(key)? else { return Ok(()) };
+        let Some(id) = self.place_of(key)? else { return Ok(()) };
         let sql = statements(key.kind);
         if key.kind == Kind::States {
             // Events refer to the row.
             let crc = document_crc(key, revision, None);
-            let columns = params![row.id, Unsigned(revision.token()), None::<&str>, crc];
+            let columns = params![id, Unsigned(revision.token()), None::<&str>, crc];
             self.conn.prepare_cached(sql.update)?.execute(columns)?;
         } else {
-            self.conn.prepare_cached(sql.delete)?.execute([row.id])?;
+            self.conn.prepare_cached(sql.delete)?.execute([id])?;
         }
         Ok(())
     }

@@ -20,6 +20,18 @@ pub(super) async fn names_are_scanned_in_order(backend: Arc<dyn Backend>) -> Out
         let found: Vec<Name> = found.into_iter().map(|document| document.key.name).collect();
         ensure!(found == wanted, "by {limit}: {found:?}");
     }
+    let governor = name("gov")?;
+    let mut found: Vec<Name> = Vec::new();
+    loop {
+        let page = backend.names(&governor, Kind::States, found.last(), 4).await;
+        let page = page.map_err(|error| error.to_string())?;
+        ensure!(page.len() <= 4, "a page of names is larger than its limit");
+        if page.is_empty() {
+            break;
+        }
+        found.extend(page);
+    }
+    ensure!(found == wanted, "names: {found:?}");
     Ok(())
 }
 

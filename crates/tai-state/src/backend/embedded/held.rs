@@ -1,0 +1,119 @@
+//! The file that this process holds, told from any other that may come to stand under its name.
+//!
+//! POSIX takes all locks of a process on a file away when the process closes *any* descriptor of that
+//! file, those of SQLite included. So a file that is open here is never opened and closed beside
+//! SQLite: its header is read through one descriptor that all handles of this process share, and that
+//! is closed after the last of them.
+
+use std::collections::HashMap;
+use std::fs::{File, Metadata};
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Which file it is: device and number.
+type Id = (u64, u64);
+
+/// The files that are open in this process.
+static OPEN: Mutex<Option<HashMap<Id, Arc<File>>>> = Mutex::new(None);
+
+/// A share of the one descriptor of a file. Drop it after the last connection.
+#[derive(Debug)]
+pub(crate) struct Held {
+    id: Id,
+    /// `None` only while it is being dropped.
+    file: Option<Arc<File>>,
+}
+
+impl Held {
+    /// Opens the file for reading and writing, or shares what is open already.
+    pub(crate) fn open(path: &Path, found: &Metadata) -> io::Result<Self> {
+        let mut guard = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = guard.get_or_insert_default();
+        let id = id_of(found);
+        if let Some(file) = open.get(&id).filter(|_| cfg!(unix)) {
+            return Ok(Self { id, file: Some(Arc::clone(file)) });
+        }
+        // Opening for writing now tells a read-only file from one that fails later.
+        let file = Arc::new(File::options().read(true).write(true).open(path)?);
+        let id = id_of(&file.metadata()?);
+        if let Some(other) = open.get(&id) {
+            // The name came to mean another open file just now: this descriptor must stay open.
+            std::mem::forget(file);
+            return Ok(Self { id, file: Some(Arc::clone(other)) });
+        }
+        open.insert(id, Arc::clone(&file));
+        Ok(Self { id, file: Some(file) })
+    }
+
+    /// The first 100 bytes, fewer if the file is shorter.
+    pub(crate) fn header(&self) -> io::Result<Vec<u8>> {
+        let mut header = vec![0; 100];
+        let mut read = 0;
+        while let Some(rest) = header.get_mut(read..).filter(|rest| !rest.is_empty()) {
+            let Some(file) = &self.file else { break };
+            match read_at(file, rest, read as u64)? {
+                0 => break,
+                more => read += more,
+            }
+        }
+        header.truncate(read);
+        Ok(header)
+    }
+
+    /// Whether the file under this path is still the one that is held.
+    pub(crate) fn is_at(&self, path: &Path) -> bool {
+        !cfg!(unix) || path.metadata().is_ok_and(|found| id_of(&found) == self.id)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Under the lock, or another opening could take its locks just before this closes.
+        let mut guard = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = self.file.take() else { return };
+        // One is ours, one is the table's.
+        if Arc::strong_count(&file) <= 2
+            && let Some(open) = guard.as_mut()
+        {
+            open.remove(&self.id);
+        }
+        drop(file);
+    }
+}
+
+#[cfg(unix)]
+fn id_of(found: &Metadata) -> Id {
+    use std::os::unix::fs::MetadataExt;
+    (found.dev(), found.ino())
+}
+
+/// How many names (hard links) the file has.
+#[cfg(unix)]
+pub(crate) fn names_of(found: &Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::nlink(found)
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, into, offset)
+}
+
+// Elsewhere locks belong to a handle, and closing another takes none away; a file that is open cannot
+// be removed or replaced.
+#[cfg(not(unix))]
+fn id_of(_: &Metadata) -> Id {
+    (0, 0)
+}
+
+#[cfg(not(unix))]
+pub(crate) fn names_of(_: &Metadata) -> u64 {
+    1
+}
+
+#[cfg(not(unix))]
+fn read_at(mut file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
+    use std::io::{Read, Seek, SeekFrom};
+    file.seek(SeekFrom::Start(offset))?;
+    file.read(into)
+}

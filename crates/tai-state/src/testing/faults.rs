@@ -1,0 +1,124 @@
+//! A backend between which and its caller answers are lost.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+
+use crate::backend::{
+    Backend, BackendError, Committed, Document, Identity, Key, Kind, Limits, Name, Page, Read,
+    Scan, Write,
+};
+
+/// What happens to one commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CommitFault {
+    /// Nothing: it goes through.
+    None,
+    /// It is not applied, and the caller is told so.
+    Unavailable,
+    /// It is not applied, and the caller does not know.
+    LostRequest,
+    /// It is applied, and the caller does not know.
+    LostAnswer,
+    /// It arrives twice, and the caller gets the second answer.
+    Duplicated,
+}
+
+/// A backend with faults in its commits: the first fault that was given is met by the first commit,
+/// and so on; after the last everything goes through.
+#[derive(Debug, Clone)]
+pub struct FaultyBackend {
+    inner: Arc<dyn Backend>,
+    faults: Arc<Mutex<VecDeque<CommitFault>>>,
+}
+
+impl FaultyBackend {
+    /// Puts faults before a backend.
+    pub fn new(inner: Arc<dyn Backend>, faults: impl IntoIterator<Item = CommitFault>) -> Self {
+        Self { inner, faults: Arc::new(Mutex::new(faults.into_iter().collect())) }
+    }
+}
+
+#[async_trait]
+impl Read for FaultyBackend {
+    async fn get(&self, keys: &[Key]) -> Result<Vec<Option<Document>>, BackendError> {
+        self.inner.get(keys).await
+    }
+
+    async fn scan(&self, scan: &Scan) -> Result<Page, BackendError> {
+        self.inner.scan(scan).await
+    }
+
+    async fn names(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        self.inner.names(governor, kind, after, limit).await
+    }
+
+    async fn governors(
+        &self,
+        after: Option<&Name>,
+        limit: usize,
+    ) -> Result<Vec<Name>, BackendError> {
+        self.inner.governors(after, limit).await
+    }
+
+    async fn count(&self, governor: Option<&Name>, kind: Kind) -> Result<u64, BackendError> {
+        self.inner.count(governor, kind).await
+    }
+}
+
+#[async_trait]
+impl Backend for FaultyBackend {
+    async fn commit(&self, writes: Vec<Write>) -> Result<Committed, BackendError> {
+        let fault = {
+            let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+            faults.pop_front().unwrap_or(CommitFault::None)
+        };
+        let lost = || BackendError::Indeterminate("the answer was lost".into());
+        match fault {
+            CommitFault::None => self.inner.commit(writes).await,
+            CommitFault::Unavailable => Err(BackendError::Unavailable("not now".into())),
+            CommitFault::LostRequest => Err(lost()),
+            CommitFault::LostAnswer => {
+                let _ = self.inner.commit(writes).await;
+                Err(lost())
+            }
+            CommitFault::Duplicated => {
+                let _ = self.inner.commit(writes.clone()).await;
+                self.inner.commit(writes).await
+            }
+        }
+    }
+
+    async fn view(&self) -> Result<Box<dyn Read>, BackendError> {
+        self.inner.view().await
+    }
+
+    async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
+        self.inner.now().await
+    }
+
+    fn limits(&self) -> Limits {
+        self.inner.limits()
+    }
+
+    fn identity(&self) -> Identity {
+        self.inner.identity()
+    }
+
+    fn location(&self) -> String {
+        self.inner.location()
+    }
+
+    async fn check_structure(&self) -> Result<Vec<String>, BackendError> {
+        self.inner.check_structure().await
+    }
+}
