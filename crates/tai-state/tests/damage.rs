@@ -18,7 +18,7 @@ const GOVERNORS: [&str; 3] = ["a", "c", "governor/b"];
 type Truth = BTreeMap<(String, String), Vec<Value>>;
 
 /// A store with saved snapshots, a large state and a deleted one; and what it must say.
-async fn build(path: &Path) -> (Truth, String) {
+async fn build(path: &Path) -> (StateStore, Truth, String) {
     let mut options = StoreOptions::default();
     options.persistence =
         PersistenceConfig { snapshot_interval: 3, ..PersistenceConfig::default() };
@@ -39,7 +39,7 @@ async fn build(path: &Path) -> (Truth, String) {
     store.delete_state("a", "machine-0003", None, why()).await.unwrap();
     truth.get_mut(&("a".into(), "machine-0003".into())).unwrap().push(Value::Null);
     let hash = store.verify(|_| {}).await.unwrap().content_hash.to_string();
-    (truth, hash)
+    (store, truth, hash)
 }
 
 /// `true` when the answer was right, `false` when damage was reported.
@@ -55,7 +55,7 @@ fn right<T: PartialEq + std::fmt::Debug>(answer: Result<T, Error>, wanted: &T, w
 }
 
 /// Asks everything. Returns whether any damage was reported.
-async fn interrogate(path: &Path, truth: &Truth, hash: &str) -> bool {
+async fn interrogate(path: &Path, truth: &Truth, hashes: &[String]) -> bool {
     let mut options = StoreOptions::default();
     options.create = false;
     let store = match StateStore::open_with(path, options).await {
@@ -117,11 +117,15 @@ async fn interrogate(path: &Path, truth: &Truth, hash: &str) -> bool {
         clean &= right(absent, &(), "an absent state");
     }
     let governors = store.list_governors(None, 10).await;
-    let governors = governors.map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>());
+    let named = |all: &[tai_state::GovernorId]| -> Vec<String> {
+        all.iter().map(ToString::to_string).filter(|id| id != "z").collect()
+    };
+    let governors = governors.map(|all| named(&all));
     clean &= right(governors, &GOVERNORS.map(String::from).to_vec(), "the governors");
     match store.verify(|_| {}).await {
         Ok(report) if report.ok => {
-            assert_eq!(report.content_hash.to_string(), hash, "verify says ok and is wrong");
+            let found = report.content_hash.to_string();
+            assert!(hashes.contains(&found), "verify says ok and is wrong");
             assert!(clean, "verify says ok, but reading met damage");
         }
         Ok(_) | Err(Error::Corrupt { .. }) => clean = false,
@@ -168,9 +172,11 @@ async fn right_data_or_corrupt() {
     let mut random = Random::announced("damage");
     let folder = tempfile::tempdir().unwrap();
     let good = folder.path().join("good.tai");
-    let (truth, hash) = build(&good).await;
+    let (store, truth, hash) = build(&good).await;
+    drop(store);
+    let hashes = [hash];
     let bytes = std::fs::read(&good).unwrap();
-    assert!(!interrogate(&good, &truth, &hash).await, "an undamaged store reports damage");
+    assert!(!interrogate(&good, &truth, &hashes).await, "an undamaged store reports damage");
     let mut noticed = 0;
     for round in 0..rounds {
         let mut damaged = bytes.clone();
@@ -181,11 +187,60 @@ async fn right_data_or_corrupt() {
         let path = folder.path().join(format!("{round}.tai"));
         std::fs::write(&path, &damaged).unwrap();
         println!("round {round}: {what}");
-        noticed += u64::from(interrogate(&path, &truth, &hash).await);
+        noticed += u64::from(interrogate(&path, &truth, &hashes).await);
         for suffix in ["", "-wal", "-shm"] {
             let _ = std::fs::remove_file(folder.path().join(format!("{round}.tai{suffix}")));
         }
     }
     println!("{noticed} of {rounds} damages were noticed, the others hit nothing that is read");
     assert!(noticed > rounds / 4, "the damage hardly hits anything: the test has no teeth");
+}
+
+/// The log that a kill leaves behind: a flipped bit in it may cost the very last commit, which cannot
+/// be told from one that was cut short, and nothing else in silence.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_log_is_not_passed_over() {
+    let mut random = Random::announced("log");
+    let folder = tempfile::tempdir().unwrap();
+    let live = folder.path().join("live.tai");
+    let (store, truth, before) = build(&live).await;
+    // A commit that may be lost, in a governor of its own.
+    store.save_state("z", "last", snapshot("last", json!(1)), why()).await.unwrap();
+    let after = store.verify(|_| {}).await.unwrap().content_hash.to_string();
+    let hashes = [before, after];
+    let file = std::fs::read(&live).unwrap();
+    let log = std::fs::read(folder.path().join("live.tai-wal")).unwrap();
+    let (mut noticed, rounds) = (0, 150);
+    for round in 0..rounds {
+        let mut damaged = log.clone();
+        let at = random.below(log.len() as u64) as usize;
+        let what = if random.below(3) == 0 {
+            let end = (at + 600).min(log.len());
+            damaged[at..end].fill(0);
+            format!("600 bytes from {at} zeroed")
+        } else {
+            damaged[at] ^= 1 << random.below(8);
+            format!("a bit of byte {at} flipped")
+        };
+        println!("round {round}: {what}");
+        let path = folder.path().join(format!("{round}.tai"));
+        let beside = folder.path().join(format!("{round}.tai-wal"));
+        std::fs::write(&path, &file).unwrap();
+        std::fs::write(&beside, &damaged).unwrap();
+        let mut options = StoreOptions::default();
+        options.create = false;
+        match StateStore::open_with(&path, options).await {
+            Err(Error::Corrupt { .. }) => {
+                noticed += 1;
+                assert!(std::fs::read(&beside).unwrap() == damaged, "the log was changed");
+            }
+            Err(error) => panic!("{error}"),
+            Ok(store) => {
+                drop(store);
+                noticed += u64::from(interrogate(&path, &truth, &hashes).await);
+            }
+        }
+    }
+    println!("{noticed} of {rounds} damages to the log were noticed");
+    assert!(noticed > rounds / 3, "the damage hardly hits anything: the test has no teeth");
 }

@@ -64,11 +64,27 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
     }
     let path = fs::canonicalize(path).map_err(|error| io_error(&location, &error))?;
     let held = recognise(&path, &location)?;
-    let conn = connect(&path).map_err(|error| opening(&location, error.into()))?;
+    let log = sidecar(&path, "-wal");
+    if let Some(reason) = super::log::damage(&log).map_err(|error| io_error(&location, &error))? {
+        return Err(damaged(&location, &reason));
+    }
+    let mut conn = connect(&path).map_err(|error| opening(&location, error.into()))?;
     let identity = prove(&conn, &location).map_err(|error| match error {
         ProofError::Rows(error) => opening(&location, error),
         ProofError::Final(error) => error,
     })?;
+    // What a crash left in the log goes into the file now, so that remains of a commit that was cut
+    // short cannot be met again behind later ones. While others use the file that has to wait.
+    if log.metadata().is_ok_and(|found| found.len() > 0) {
+        let fold = || -> rusqlite::Result<()> {
+            conn.busy_timeout(Duration::ZERO)?;
+            conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
+        };
+        if let Err(error) = fold() {
+            tracing::debug!(%error, location, "the log stays for now");
+        }
+    }
+    wait_for_others(&mut conn).map_err(|error| opening(&location, error.into()))?;
     Ok(Opened { conn, identity, path, held })
 }
 
@@ -77,18 +93,7 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     // Not a URI, no creation, and never two threads on one connection.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut conn = Connection::open_with_flags(path, flags)?;
-    let mut waited = Duration::ZERO;
-    conn.busy_handler(Some(move |before: i32| {
-        if before == 0 {
-            waited = Duration::ZERO;
-        }
-        let wait = jitter(BUSY_WAIT);
-        waited += wait;
-        // SQLite asks on the engine's own thread; another process cannot notify it.
-        #[allow(clippy::disallowed_methods)]
-        std::thread::sleep(wait);
-        waited < BUSY_DEADLINE
-    }))?;
+    wait_for_others(&mut conn)?;
     for (pragma, value) in [
         // A commit returns only after the log is synced.
         ("synchronous", "FULL"),
@@ -106,6 +111,22 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     }
     conn.set_prepared_statement_cache_capacity(64);
     Ok(conn)
+}
+
+/// While another process writes, this one waits, with jitter, for as long as `BUSY_DEADLINE`.
+fn wait_for_others(conn: &mut Connection) -> rusqlite::Result<()> {
+    let mut waited = Duration::ZERO;
+    conn.busy_handler(Some(move |before: i32| {
+        if before == 0 {
+            waited = Duration::ZERO;
+        }
+        let wait = jitter(BUSY_WAIT);
+        waited += wait;
+        // SQLite asks on the engine's own thread; another process cannot notify it.
+        #[allow(clippy::disallowed_methods)]
+        std::thread::sleep(wait);
+        waited < BUSY_DEADLINE
+    }))
 }
 
 /// Looks at the header before SQLite does: what is refused here is refused with its reason, and is

@@ -5,6 +5,7 @@
 //! | `file.rs` | create, recognise and open the file |
 //! | `tables.rs` | its tables, and the check that every row carries |
 //! | `held.rs` | the one descriptor of the file in this process |
+//! | `log.rs` | tell a damaged write-ahead log from a torn end |
 //! | `rows.rs` | read documents and prove them |
 //! | `writer.rs` | the one thread that writes |
 //!
@@ -13,6 +14,7 @@
 
 mod file;
 mod held;
+mod log;
 mod rows;
 mod tables;
 #[cfg(test)]
