@@ -135,6 +135,8 @@ async fn main() {
             path => folder = path.into(),
         }
     }
+    let inside = tempfile::tempdir_in(&folder).unwrap();
+    let folder = inside.path().to_path_buf();
     println!("{ROUNDS} rounds of {} s each, interleaved; medians", EACH.as_secs());
     let (mut raw, mut one, mut many) = (Vec::new(), Vec::new(), Vec::new());
     let (mut per_sync, mut hot) = (Vec::new(), Vec::new());
@@ -168,9 +170,6 @@ async fn main() {
 
     let small_path = folder.join("small.tai");
     let large_path = folder.join("large.tai");
-    for path in [&small_path, &large_path] {
-        let _ = std::fs::remove_file(path);
-    }
     let (backend, small) = open(&small_path).await;
     fill(&small, 10, 10).await;
     let (large_backend, large_store) = open(&large_path).await;
@@ -213,8 +212,5 @@ async fn main() {
         report.events as f64 / started.elapsed().as_secs_f64(),
         report.ok
     );
-    drop((store, backend));
-    for path in [small_path, large_path] {
-        let _ = std::fs::remove_file(path);
-    }
+    drop((persister, store, backend));
 }
