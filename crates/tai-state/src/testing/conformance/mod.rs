@@ -25,6 +25,7 @@ mod writing;
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -79,6 +80,9 @@ behaviours![
     reading::identity_does_not_change,
 ];
 
+/// How long one behaviour may take: the slowest takes about a second on a slow disk.
+const DEADLINE: Duration = Duration::from_secs(60);
+
 /// Runs every behaviour, each on a backend of its own.
 ///
 /// # Panics
@@ -106,7 +110,9 @@ where
 {
     let mut failures = Vec::new();
     for (name, behaviour) in BEHAVIOURS {
-        if let Err(reason) = behaviour(make().await).await {
+        // A backend that forgets may keep a behaviour waiting for ever.
+        let outcome = tokio::time::timeout(DEADLINE, behaviour(make().await)).await;
+        if let Err(reason) = outcome.unwrap_or_else(|_| Err(format!("no end after {DEADLINE:?}"))) {
             failures.push((*name, reason));
         }
     }
