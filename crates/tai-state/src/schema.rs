@@ -303,6 +303,24 @@ mod tests {
         }
     }
 
+    /// Head and event guard one another; each guard alone must be there, since the other would hide
+    /// that it is missing.
+    #[test]
+    fn every_write_is_guarded() {
+        let steps = run(
+            &[request(put(1), Expect::Any), request(put(2), Expect::Any)],
+            &PersistenceConfig::default(),
+        );
+        for (base, guard) in [
+            (None, Precondition::Absent),
+            (Some(Revision::new(7)), Precondition::Revision(Revision::new(7))),
+        ] {
+            let (logged, head) = writes(&steps, base).unwrap();
+            assert!(logged.iter().all(|write| write.precondition == Precondition::Absent));
+            assert_eq!((logged.len(), head.precondition), (2, guard));
+        }
+    }
+
     /// Saved snapshots that come and go within one commit must not stand in it twice.
     #[test]
     fn no_document_stands_twice_in_a_commit() {

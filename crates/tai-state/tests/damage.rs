@@ -137,8 +137,19 @@ async fn interrogate(path: &Path, truth: &Truth, hashes: &[String]) -> bool {
 fn damage(bytes: &mut Vec<u8>, random: &mut Random) -> String {
     let length = bytes.len() as u64;
     match random.below(10) {
+        // Half of the flips hit the pages of an index, which are few: what they lose is not found,
+        // rather than found damaged.
         0..=4 => {
-            let (at, bit) = (random.below(length) as usize, random.below(8));
+            let index: Vec<usize> = (1..bytes.len() / 4096)
+                .filter(|page| matches!(bytes[page * 4096], 2 | 10))
+                .collect();
+            let at = if random.below(2) == 0 {
+                index[random.below(index.len() as u64) as usize] * 4096
+                    + random.below(4096) as usize
+            } else {
+                random.below(length) as usize
+            };
+            let bit = random.below(8);
             bytes[at] ^= 1 << bit;
             format!("bit {bit} of byte {at} flipped")
         }
