@@ -46,7 +46,7 @@ async fn build(path: &Path) -> (StateStore, Truth, String) {
 fn right<T: PartialEq + std::fmt::Debug>(answer: Result<T, Error>, wanted: &T, what: &str) -> bool {
     match answer {
         Ok(found) => {
-            assert!(found == *wanted, "WRONG ANSWER: {what}");
+            assert!(found == *wanted, "WRONG ANSWER: {what}: {found:?}");
             true
         }
         Err(Error::Corrupt { .. }) => false,
@@ -207,24 +207,29 @@ async fn right_data_or_corrupt() {
     assert!(noticed > rounds / 4, "the damage hardly hits anything: the test has no teeth");
 }
 
-/// The log that a kill leaves behind: a flipped bit in it may cost the very last commit, which cannot
-/// be told from one that was cut short, and nothing else in silence.
+/// The log that a kill leaves behind: damage in it may cost the very last commit, which cannot be told
+/// from one that was cut short, and the one before it if that one's mark of being a commit is hit;
+/// nothing else in silence.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_log_is_not_passed_over() {
     let mut random = Random::announced("log");
     let folder = tempfile::tempdir().unwrap();
     let live = folder.path().join("live.tai");
     let (store, truth, before) = build(&live).await;
-    // A commit that may be lost, in a governor of its own.
-    store.save_state("z", "last", snapshot("last", json!(1)), why()).await.unwrap();
-    let after = store.verify(|_| {}).await.unwrap().content_hash.to_string();
-    let hashes = [before, after];
+    // Two commits that may be lost, in a governor of their own.
+    let mut hashes = vec![before];
+    for n in 0..2 {
+        store.save_state("z", "last", snapshot("last", json!(n)), why()).await.unwrap();
+        hashes.push(store.verify(|_| {}).await.unwrap().content_hash.to_string());
+    }
     let file = std::fs::read(&live).unwrap();
     let log = std::fs::read(folder.path().join("live.tai-wal")).unwrap();
-    let (mut noticed, rounds) = (0, 150);
+    let (mut noticed, rounds) = (0, 200);
     for round in 0..rounds {
         let mut damaged = log.clone();
-        let at = random.below(log.len() as u64) as usize;
+        // One in four near the end, where the last commits are.
+        let from = if random.below(4) == 0 { log.len() - 60_000 } else { 0 };
+        let at = from + random.below((log.len() - from) as u64) as usize;
         let what = if random.below(3) == 0 {
             let end = (at + 600).min(log.len());
             damaged[at..end].fill(0);

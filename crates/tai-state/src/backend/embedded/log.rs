@@ -6,6 +6,9 @@
 //! the next is begun; and SQLite would pass over acknowledged commits in silence. So the log is read
 //! before SQLite recovers from it.
 //!
+//! What cannot be told from a crash is damage to the last commit, and to the one before it when its
+//! very mark of being a commit is hit.
+//!
 //! The format is <https://www.sqlite.org/fileformat2.html#the_write_ahead_log>.
 
 use std::fs::File;
@@ -168,7 +171,9 @@ mod tests {
         let whole = log(8);
         let commits = commit_frames(&whole);
         let end_of = |commit: usize| HEADER + (commits[commit] + 1) * (FRAME_HEADER + PAGE);
-        for at in (0..end_of(6)).filter(|at| *at < 200 || at % 97 == 0) {
+        let near_a_header =
+            |at: usize| (at - HEADER.min(at)) % (FRAME_HEADER + PAGE) < FRAME_HEADER;
+        for at in (0..end_of(5)).filter(|at| *at < 200 || at % 97 == 0 || near_a_header(*at)) {
             let mut flipped = whole.clone();
             flipped[at] ^= 0x04;
             let verdict = read(&flipped[..]).unwrap();

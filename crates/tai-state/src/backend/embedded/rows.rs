@@ -239,9 +239,7 @@ impl Gather<'_> {
 fn scan_names(conn: &Connection, scan: &Scan, after: Option<&Name>) -> Rows<Page> {
     let mut gather = Gather { scan, documents: Vec::new(), bytes: 0 };
     let Some(governor) = governor(conn, &scan.governor)? else {
-        // The row of a state in this governor would be found by its hash; a listing has no hash to
-        // look for. The governors themselves are counted.
-        check_governors(conn)?;
+        refuse_lost_governor(conn, &scan.governor)?;
         return Ok(gather.page(false));
     };
     let mut statement = conn.prepare_cached(statements(scan.kind).scan)?;
@@ -292,7 +290,7 @@ pub(crate) fn names(
     let scan = Scan { governor: of.clone(), kind, range: Range::Names { after: None }, limit };
     refuse_misfit(&scan)?;
     let Some(governor) = governor(conn, of)? else {
-        check_governors(conn)?;
+        refuse_lost_governor(conn, of)?;
         return Ok(Vec::new());
     };
     let mut statement = conn.prepare_cached(statements(kind).names)?;
@@ -377,6 +375,22 @@ fn scan_versions(conn: &Connection, scan: &Scan, name: &Name, from: u64, to: u64
     Ok(gather.page(false))
 }
 
+/// Before a governor is called absent, the table itself is read: its index may have lost the name. A
+/// state would be found by its hash; a listing has no hash to look for.
+fn refuse_lost_governor(conn: &Connection, name: &Name) -> Rows<()> {
+    check_governors(conn)?;
+    let there = conn
+        .prepare_cached("SELECT 1 FROM governor NOT INDEXED WHERE name = ?1")?
+        .exists([name.as_str()])?;
+    if there {
+        return Err(corrupt(
+            format!("the index of governor {name}"),
+            "it does not find the governor",
+        ));
+    }
+    Ok(())
+}
+
 /// Governors are never removed, so their ids run without a gap.
 fn check_governors(conn: &Connection) -> Rows<()> {
     let (by_name, newest): (u64, u64) = conn
@@ -428,7 +442,10 @@ pub(crate) fn count(conn: &Connection, of: Option<&Name>, kind: Kind) -> Rows<u6
             Some(governor) => {
                 conn.prepare_cached(sql.count_of_governor)?.query_row([governor.id], one)?
             }
-            None => Unsigned(0),
+            None => {
+                refuse_lost_governor(conn, name)?;
+                Unsigned(0)
+            }
         },
     };
     Ok(counted.0)
