@@ -80,8 +80,17 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
             conn.busy_timeout(Duration::ZERO)?;
             conn.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
         };
-        if let Err(error) = fold() {
-            tracing::debug!(%error, location, "the log stays for now");
+        match fold() {
+            Ok(()) => {}
+            Err(error) if super::writer::is_harmless(&error) => {
+                tracing::debug!(%error, location, "the log stays for now");
+            }
+            // A sync failed: what a second one would report as safe may be gone already.
+            Err(error) => {
+                super::writer::keep_log(&conn);
+                let reason = format!("its log could not be folded into the file: {error}");
+                return Err(Error::Storage { location, reason });
+            }
         }
     }
     wait_for_others(&mut conn).map_err(|error| opening(&location, error.into()))?;

@@ -234,7 +234,8 @@ impl Writer {
     }
 }
 
-fn is_harmless(error: &rusqlite::Error) -> bool {
+/// Somebody else is at it, or there is no space: nothing is wrong with what is stored.
+pub(crate) fn is_harmless(error: &rusqlite::Error) -> bool {
     matches!(
         error.sqlite_error_code(),
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked | ErrorCode::DiskFull)
