@@ -12,9 +12,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 
+use super::bell::{self, Bell};
+use super::matching::Best;
 use super::{
-    Backend, BackendError, Body, Committed, Document, Identity, Key, Kind, Limits, Name, Operation,
-    Page, Precondition, Range, Read, Revision, Scan, Write, refuse_doubles, refuse_misfit,
+    Alarm, Backend, BackendError, Body, Committed, Document, Found, Identity, Key, Kind, Limits,
+    Name, Operation, Page, Precondition, Query, Range, Read, Revision, Scan, Write, refuse_doubles,
+    refuse_misfit, refuse_query,
 };
 use crate::clock::{Clock, SystemClock};
 
@@ -26,6 +29,7 @@ pub struct MemoryBackend {
     /// The documents and the newest revision that was given out.
     documents: RwLock<(Documents, u64)>,
     identity: Identity,
+    bell: Bell,
 }
 
 impl MemoryBackend {
@@ -34,7 +38,8 @@ impl MemoryBackend {
     pub fn new() -> Self {
         let store = crate::clock::new_event_id().to_string();
         let node = format!("mem-{store}");
-        Self { documents: RwLock::default(), identity: Identity { store, incarnation: 1, node } }
+        let identity = Identity { store, incarnation: 1, node };
+        Self { documents: RwLock::default(), identity, bell: Bell::new() }
     }
 
     fn cut(&self) -> Cut {
@@ -110,6 +115,20 @@ impl Read for Cut {
         Ok(names)
     }
 
+    /// Looks at every document.
+    async fn query(&self, query: &Query) -> Result<Found, BackendError> {
+        refuse_query(query)?;
+        let mut best = Best::new(query, usize::MAX);
+        let of = |key: &Key| key.governor == query.governor && key.kind == query.kind;
+        for found in self.0.iter().filter(|(key, _)| of(key)) {
+            best.take(document(found))?;
+            if best.is_done() {
+                break;
+            }
+        }
+        Ok(best.finish())
+    }
+
     async fn count(&self, governor: Option<&Name>, kind: Kind) -> Result<u64, BackendError> {
         let counted = |key: &&Key| key.kind == kind && governor.is_none_or(|g| key.governor == *g);
         Ok(self.0.keys().filter(counted).count() as u64)
@@ -148,6 +167,10 @@ impl Read for MemoryBackend {
         self.cut().governors(after, limit).await
     }
 
+    async fn query(&self, query: &Query) -> Result<Found, BackendError> {
+        self.cut().query(query).await
+    }
+
     async fn count(&self, governor: Option<&Name>, kind: Kind) -> Result<u64, BackendError> {
         self.cut().count(governor, kind).await
     }
@@ -171,6 +194,7 @@ impl Backend for MemoryBackend {
                 return Err(BackendError::Conflict);
             }
         }
+        let changed = bell::changes(&writes).collect();
         *newest += 1;
         let revision = Revision::new(*newest);
         let documents = Arc::make_mut(documents);
@@ -185,11 +209,23 @@ impl Backend for MemoryBackend {
             }
             Operation::Check => documents.get(&write.key).map(|(_, revision)| *revision),
         };
-        Ok(Committed { revisions: writes.into_iter().map(apply).collect() })
+        let revisions = writes.into_iter().map(apply).collect();
+        drop(guard);
+        self.bell.changed(changed);
+        Ok(Committed { revisions })
     }
 
     async fn view(&self) -> Result<Box<dyn Read>, BackendError> {
         Ok(Box::new(self.cut()))
+    }
+
+    async fn watch(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        name: Option<&Name>,
+    ) -> Result<Box<dyn Alarm>, BackendError> {
+        Ok(Box::new(self.bell.listen(governor, kind, name)?))
     }
 
     async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
@@ -197,7 +233,13 @@ impl Backend for MemoryBackend {
     }
 
     fn limits(&self) -> Limits {
-        Limits { commit_bytes: 9 << 20, commit_writes: 500, reads_are_cheap: true }
+        Limits {
+            commit_bytes: 9 << 20,
+            commit_writes: 500,
+            reads_are_cheap: true,
+            cuts_are_exact: true,
+            repeat_before: 0,
+        }
     }
 
     fn identity(&self) -> Identity {

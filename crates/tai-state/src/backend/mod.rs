@@ -8,17 +8,23 @@
 //! same contract as a list of tests: a new backend is right when that list passes. [`memory`] is the
 //! shortest backend that passes it; read it first.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 pub use crate::keys::{Key, Kind, Name};
 
+mod bell;
 #[cfg(feature = "embedded")]
 pub mod embedded;
+#[cfg(feature = "firestore")]
+pub mod firestore;
+pub(crate) mod matching;
 pub mod memory;
 
 /// The body of a document: the text of one JSON object.
@@ -60,15 +66,16 @@ impl Body {
 
 /// A backend's token for one state of one document: compared for equality, nothing else.
 ///
-/// Every `Put` gives its document a revision that this document never had before, also when the
-/// body stays the same, and also after a delete.
+/// Every `Put` that changes its document gives it a revision that this document never had before,
+/// also when an older body comes back, and also after a delete. A `Put` of the very body that stands
+/// there may leave the revision as it is, as Firestore does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Revision(u64);
 
 impl Revision {
     /// For backends: wraps their token.
     #[must_use]
-    pub fn new(token: u64) -> Self {
+    pub const fn new(token: u64) -> Self {
         Self(token)
     }
 
@@ -202,6 +209,104 @@ pub struct Page {
     pub next: Option<Scan>,
 }
 
+/// A path to a field of a body: the names of the objects on the way, then the field's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Field(pub Vec<String>);
+
+/// What a field must hold for its document to match.
+///
+/// A test compares with values of its own JSON type only: booleans, numbers by their value (`1` is
+/// `1.0`), strings by their UTF-8 bytes; `null` only with [`Equal`](Test::Equal). A document without the field never matches. Integers beyond 64 signed
+/// bits, arrays directly within arrays and what stands within objects that Firestore cannot hold as
+/// they are match nothing on Firestore; elsewhere that is not promised.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Test {
+    /// It is this.
+    Equal(Value),
+    /// It is less.
+    Less(Value),
+    /// It is less or this.
+    AtMost(Value),
+    /// It is greater.
+    Greater(Value),
+    /// It is greater or this.
+    AtLeast(Value),
+    /// It is one of these, at most 30.
+    OneOf(Vec<Value>),
+    /// It is an array that holds this.
+    Contains(Value),
+}
+
+/// Which way an order goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// The smallest first.
+    Ascending,
+    /// The greatest first.
+    Descending,
+}
+
+/// Documents of one kind within one governor, chosen by what their bodies say.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Query {
+    /// The governor.
+    pub governor: Name,
+    /// The kind, versioned or not.
+    pub kind: Kind,
+    /// What must hold, all of it.
+    pub filters: Vec<(Field, Test)>,
+    /// By which field, and then by key in the same direction; without it by key, ascending (of a
+    /// versioned kind, the order between different names is not promised). Only
+    /// documents that have the field are found. Booleans come before numbers before strings;
+    /// whether and where those come whose field holds anything else is not promised. When there is
+    /// a filter that is no equality, it must be on this field.
+    pub order: Option<(Field, Direction)>,
+    /// Continue after this one.
+    pub after: Option<Cursor>,
+    /// How many at most in one page. A backend may give fewer.
+    pub limit: usize,
+}
+
+/// Where a page of a query ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cursor {
+    /// The key of its last document.
+    pub key: Key,
+    /// What that document has in the field of the order.
+    pub value: Option<Value>,
+}
+
+/// A page of a query.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    /// The documents in the order asked for.
+    pub documents: Vec<Document>,
+    /// Continue after this one; `None` when there is nothing more.
+    pub next: Option<Cursor>,
+}
+
+/// What an alarm says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rung {
+    /// These documents may have changed.
+    Names(BTreeSet<Name>),
+    /// Anything may have changed: after a gap, or where it is not known.
+    Anything,
+}
+
+/// Wakes its holder when documents change. It is an alarm, not a log: changes may be told late,
+/// together, or without need, but never not at all.
+#[async_trait]
+pub trait Alarm: Send + fmt::Debug {
+    /// Waits until something may have changed since [`watch`](Backend::watch) returned or since the
+    /// last ring. A backend that loses its line to the storage mends it by itself and then rings for
+    /// [`Anything`](Rung::Anything). May be dropped and called again without losing a ring.
+    ///
+    /// # Errors
+    /// Only what waiting does not cure, such as a permission.
+    async fn ring(&mut self) -> Result<Rung, BackendError>;
+}
+
 /// What a commit answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Committed {
@@ -219,6 +324,12 @@ pub struct Limits {
     /// Whether a read costs far less than a commit (a file) or about the same (a network). Decides
     /// whether it pays to guess that a document is absent rather than to look.
     pub reads_are_cheap: bool,
+    /// Whether every read of several documents is one cut. Google's emulator may show half a
+    /// commit; then a reader of several documents checks what it read by a commit of
+    /// [`Check`](Operation::Check)s.
+    pub cuts_are_exact: bool,
+    /// Up to how many bytes an event repeats the state before it, for readers with other tools.
+    pub repeat_before: usize,
 }
 
 /// Which store this is.
@@ -245,6 +356,23 @@ pub enum BackendError {
     /// It may have been applied: settle before answering.
     #[error("the outcome is unknown: {0}")]
     Indeterminate(String),
+    /// Surely not applied, and asked to wait: try again, but not soon.
+    #[error("asked to wait: {0}")]
+    Throttled(String),
+    /// The service knows no such project or database.
+    #[error("there is no such database: {0}")]
+    NoDatabase(String),
+    /// The query needs an index that the database does not have.
+    #[error("an index is missing: {0}")]
+    NeedsIndex(String),
+    /// Another store stands where this one was opened, or none any more.
+    #[error("the store {expected} is not there any more: {found}")]
+    Replaced {
+        /// The identity of the store that was opened.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
     /// Not allowed.
     #[error("denied: {0}")]
     Denied(String),
@@ -326,6 +454,14 @@ pub trait Read: Send + Sync + fmt::Debug {
         limit: usize,
     ) -> Result<Vec<Name>, BackendError>;
 
+    /// The documents whose bodies match. One page is one cut; documents written between two pages
+    /// may or may not appear.
+    ///
+    /// # Errors
+    /// [`Invalid`](BackendError::Invalid) for a query that no backend can answer (see
+    /// [`refuse_query`]); [`NeedsIndex`](BackendError::NeedsIndex).
+    async fn query(&self, query: &Query) -> Result<Found, BackendError>;
+
     /// How many documents of a kind there are, in one governor or in all.
     ///
     /// # Errors
@@ -357,6 +493,17 @@ pub trait Backend: Read + 'static {
     /// As [`get`](Read::get).
     async fn view(&self) -> Result<Box<dyn Read>, BackendError>;
 
+    /// An alarm for the documents of an unversioned kind in a governor, or for one of them.
+    ///
+    /// # Errors
+    /// [`Invalid`](BackendError::Invalid) for a versioned kind; as [`get`](Read::get).
+    async fn watch(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        name: Option<&Name>,
+    ) -> Result<Box<dyn Alarm>, BackendError>;
+
     /// The backend's own clock, by which leases are judged.
     ///
     /// # Errors
@@ -380,11 +527,18 @@ pub trait Backend: Read + 'static {
     async fn check_structure(&self) -> Result<Vec<String>, BackendError>;
 }
 
-/// Refuses a list in which a document stands twice: no backend gives that a meaning.
+/// Refuses a list in which a document stands twice, or a check that checks nothing: no backend gives
+/// that a meaning.
 ///
 /// # Errors
 /// [`BackendError::Invalid`] naming the document.
 pub fn refuse_doubles(writes: &[Write]) -> Result<(), BackendError> {
+    let empty = |write: &&Write| {
+        write.operation == Operation::Check && write.precondition == Precondition::Any
+    };
+    if let Some(write) = writes.iter().find(empty) {
+        return Err(BackendError::Invalid(format!("the check of {} checks nothing", write.key)));
+    }
     let mut keys: Vec<&Key> = writes.iter().map(|write| &write.key).collect();
     keys.sort_unstable();
     match keys.windows(2).find(|pair| pair.first() == pair.last()) {
@@ -411,4 +565,70 @@ pub fn refuse_misfit(scan: &Scan) -> Result<(), BackendError> {
         scan.limit,
         scan.range
     )))
+}
+
+/// Refuses a query that no backend can answer: a limit of 0, an empty path, a value that is no
+/// scalar, `null` for anything but equality, a choice among no or more than 30 values (several
+/// choices multiply), more than one [`Contains`](Test::Contains), a range on another field than that
+/// of the order, or a cursor of another query.
+///
+/// # Errors
+/// [`BackendError::Invalid`] that says which of them.
+pub fn refuse_query(query: &Query) -> Result<(), BackendError> {
+    let refuse = |reason: &str| Err(BackendError::Invalid(format!("a query with {reason}")));
+    let fields = query.filters.iter().map(|(field, _)| field);
+    let mut fields = fields.chain(query.order.iter().map(|(field, _)| field));
+    if query.limit == 0 {
+        return refuse("a limit of 0");
+    }
+    if fields.any(|Field(path)| path.is_empty() || path.iter().any(String::is_empty)) {
+        return refuse("an empty path to a field");
+    }
+    let (mut choices, mut contains) = (1usize, 0);
+    for (field, test) in &query.filters {
+        let mut is_range = false;
+        let values = match test {
+            Test::Equal(value) => std::slice::from_ref(value),
+            Test::OneOf(values) => {
+                choices = choices.saturating_mul(values.len());
+                values
+            }
+            Test::Contains(value) => {
+                contains += 1;
+                std::slice::from_ref(value)
+            }
+            Test::Less(value)
+            | Test::AtMost(value)
+            | Test::Greater(value)
+            | Test::AtLeast(value) => {
+                is_range = true;
+                std::slice::from_ref(value)
+            }
+        };
+        if values.iter().any(|value| value.is_array() || value.is_object()) {
+            return refuse("a value that is an array or an object");
+        }
+        // Firestore passes over such a null in silence.
+        if !matches!(test, Test::Equal(_)) && values.iter().any(Value::is_null) {
+            return refuse("null for anything but equality");
+        }
+        if is_range && query.order.as_ref().is_none_or(|(by, _)| by != field) {
+            return refuse("a range on a field that is not the one of the order");
+        }
+    }
+    if choices == 0 || choices > 30 {
+        return refuse("no or more than 30 values to choose from");
+    }
+    if contains > 1 {
+        return refuse("more than one value that must be contained");
+    }
+    let is_another_s = |cursor: &Cursor| {
+        cursor.key.governor != query.governor
+            || cursor.key.kind != query.kind
+            || cursor.value.is_some() != query.order.is_some()
+    };
+    if query.after.as_ref().is_some_and(is_another_s) {
+        return refuse("a cursor of another query");
+    }
+    Ok(())
 }

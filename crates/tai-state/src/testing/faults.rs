@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 
 use crate::backend::{
-    Backend, BackendError, Committed, Document, Identity, Key, Kind, Limits, Name, Page, Read,
-    Scan, Write,
+    Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Name,
+    Page, Query, Read, Scan, Write,
 };
 
 /// What happens to one commit.
@@ -70,6 +70,10 @@ impl Read for FaultyBackend {
         self.inner.governors(after, limit).await
     }
 
+    async fn query(&self, query: &Query) -> Result<Found, BackendError> {
+        self.inner.query(query).await
+    }
+
     async fn count(&self, governor: Option<&Name>, kind: Kind) -> Result<u64, BackendError> {
         self.inner.count(governor, kind).await
     }
@@ -100,6 +104,15 @@ impl Backend for FaultyBackend {
 
     async fn view(&self) -> Result<Box<dyn Read>, BackendError> {
         self.inner.view().await
+    }
+
+    async fn watch(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        name: Option<&Name>,
+    ) -> Result<Box<dyn Alarm>, BackendError> {
+        self.inner.watch(governor, kind, name).await
     }
 
     async fn now(&self) -> Result<DateTime<Utc>, BackendError> {

@@ -442,7 +442,7 @@ fn opening(location: &str, error: RowError) -> Error {
         let reason = format!("{error}: may files be made in its folder?");
         return Error::PermissionDenied { location: location.to_owned(), reason };
     }
-    crate::records::lift(super::port_error(error, location), location)
+    crate::reader::lift(super::port_error(error, location), location)
 }
 
 fn io_error(location: &str, error: &io::Error) -> Error {

@@ -7,18 +7,22 @@
 //! | `held.rs` | the one descriptor of the file in this process |
 //! | `log.rs` | tell a damaged write-ahead log from a torn end |
 //! | `rows.rs` | read documents and prove them |
+//! | `find.rs` | answer queries |
 //! | `writer.rs` | the one thread that writes |
+//! | `watch.rs` | hear of commits, this process's and others' |
 //!
 //! Several handles and several processes may use one file at the same time: SQLite's locks order
 //! their groups, and every group judges its preconditions inside its own transaction.
 
 mod file;
+mod find;
 mod held;
 mod log;
 mod rows;
 mod tables;
 #[cfg(test)]
 mod tests;
+mod watch;
 mod writer;
 
 use std::fmt;
@@ -35,9 +39,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use self::held::Held;
 use self::rows::{RowError, Rows};
+use super::bell::Bell;
 use super::{
-    Backend, BackendError, Committed, Document, Identity, Key, Kind, Limits, Name, Page, Read,
-    Scan, Write, refuse_doubles,
+    Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Name,
+    Page, Query, Read, Scan, Write, refuse_doubles,
 };
 use crate::clock::{Clock, SystemClock};
 use crate::error::Result;
@@ -55,8 +60,10 @@ pub struct EmbeddedBackend {
     pool: Arc<Pool>,
     commits: Arc<AtomicU64>,
     /// `None` only while it is being dropped.
-    requests: Option<mpsc::Sender<writer::Request>>,
+    requests: Option<Arc<mpsc::Sender<writer::Message>>>,
     writer: Option<JoinHandle<()>>,
+    bell: Bell,
+    looks: watch::Looks,
 }
 
 /// Why a handle ends when its file is not under its name any more.
@@ -94,7 +101,7 @@ impl EmbeddedBackend {
         });
         match opened.await {
             Ok(opened) => opened,
-            Err(error) => Err(crate::records::lift(cancelled(&error), &location)),
+            Err(error) => Err(crate::reader::lift(cancelled(&error), &location)),
         }
     }
 
@@ -111,6 +118,7 @@ impl EmbeddedBackend {
         let failed = Arc::new(AtomicBool::new(false));
         let (requests, waiting) = mpsc::channel();
         let commits = Arc::new(AtomicU64::new(0));
+        let bell = Bell::new();
         let writer = writer::Writer::new(
             conn,
             waiting,
@@ -121,6 +129,7 @@ impl EmbeddedBackend {
             },
             Arc::clone(&failed),
             Arc::clone(&commits),
+            bell.clone(),
         );
         let writer = std::thread::Builder::new()
             .name("tai-state-writer".into())
@@ -138,8 +147,9 @@ impl EmbeddedBackend {
             failed,
             held,
         };
-        let (requests, writer) = (Some(requests), Some(writer));
-        Ok(Self { identity, pool: Arc::new(pool), commits, requests, writer })
+        let (requests, writer) = (Some(Arc::new(requests)), Some(writer));
+        let (pool, looks) = (Arc::new(pool), watch::Looks::new());
+        Ok(Self { identity, pool, commits, requests, writer, bell, looks })
     }
 
     /// How many groups this handle has committed, each with one sync: beside the number of changes,
@@ -308,6 +318,11 @@ impl Read for EmbeddedBackend {
         self.pool.read(move |conn| rows::governors(conn, after.as_ref(), limit)).await
     }
 
+    async fn query(&self, query: &Query) -> Result<Found, BackendError> {
+        let query = query.clone();
+        self.pool.read(move |conn| find::query(conn, &query)).await
+    }
+
     async fn count(&self, governor: Option<&Name>, kind: Kind) -> Result<u64, BackendError> {
         let governor = governor.cloned();
         self.pool.read(move |conn| rows::count(conn, governor.as_ref(), kind)).await
@@ -324,7 +339,8 @@ impl Backend for EmbeddedBackend {
         let (answer, answered) = oneshot::channel();
         let gone = || BackendError::Failed("the writer's thread has ended".into());
         let requests = self.requests.as_ref().ok_or_else(gone)?;
-        requests.send(writer::Request { writes, answer }).map_err(|_| gone())?;
+        let request = writer::Request { writes, answer };
+        requests.send(writer::Message::Commit(request)).map_err(|_| gone())?;
         answered
             .await
             .map_err(|_| BackendError::Indeterminate("the writer's thread ended".into()))?
@@ -348,12 +364,29 @@ impl Backend for EmbeddedBackend {
         Ok(Box::new(FileView { conn, pool: Arc::clone(&self.pool), _permit: permit }))
     }
 
+    async fn watch(
+        &self,
+        governor: &Name,
+        kind: Kind,
+        name: Option<&Name>,
+    ) -> Result<Box<dyn Alarm>, BackendError> {
+        let listener = self.bell.listen(governor, kind, name)?;
+        let writer = self.requests.as_ref().map(Arc::downgrade).unwrap_or_default();
+        Ok(Box::new(watch::FileAlarm { listener, looks: self.looks.clone(), writer }))
+    }
+
     async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
         Ok(SystemClock.now())
     }
 
     fn limits(&self) -> Limits {
-        Limits { commit_bytes: 9 << 20, commit_writes: 500, reads_are_cheap: true }
+        Limits {
+            commit_bytes: 9 << 20,
+            commit_writes: 500,
+            reads_are_cheap: true,
+            cuts_are_exact: true,
+            repeat_before: 0,
+        }
     }
 
     fn identity(&self) -> Identity {
@@ -439,6 +472,11 @@ impl Read for FileView {
     ) -> Result<Vec<Name>, BackendError> {
         let after = after.cloned();
         self.read(move |conn| rows::governors(conn, after.as_ref(), limit)).await
+    }
+
+    async fn query(&self, query: &Query) -> Result<Found, BackendError> {
+        let query = query.clone();
+        self.read(move |conn| find::query(conn, &query)).await
     }
 
     async fn count(&self, governor: Option<&Name>, kind: Kind) -> Result<u64, BackendError> {

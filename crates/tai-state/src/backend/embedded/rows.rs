@@ -33,7 +33,7 @@ pub(crate) fn corrupt(location: impl ToString, reason: impl Into<String>) -> Row
 }
 
 /// A page of a scan ends when its bodies reach this many bytes.
-const PAGE_BYTES: usize = 4 << 20;
+pub(crate) const PAGE_BYTES: usize = 4 << 20;
 
 /// A governor's row.
 pub(crate) struct Governor {
@@ -279,13 +279,35 @@ fn scan_names(conn: &Connection, scan: &Scan, after: Option<&Name>) -> Rows<Page
     Ok(gather.page(false))
 }
 
-/// Names without their bodies. The same walk as a scan, and counted like one when it reaches the end.
+/// The names of those documents that exist, without their bodies.
 pub(crate) fn names(
     conn: &Connection,
     of: &Name,
     kind: Kind,
     after: Option<&Name>,
     limit: usize,
+) -> Rows<Vec<Name>> {
+    walk(conn, of, kind, after, limit, false)
+}
+
+/// The names of those who have, or had, events or saved snapshots, whether or not their head exists.
+pub(crate) fn owners(
+    conn: &Connection,
+    of: &Name,
+    after: Option<&Name>,
+    limit: usize,
+) -> Rows<Vec<Name>> {
+    walk(conn, of, Kind::States, after, limit, true)
+}
+
+/// The same walk as a scan, and counted like one when it reaches the end.
+fn walk(
+    conn: &Connection,
+    of: &Name,
+    kind: Kind,
+    after: Option<&Name>,
+    limit: usize,
+    absent_too: bool,
 ) -> Rows<Vec<Name>> {
     let scan = Scan { governor: of.clone(), kind, range: Range::Names { after: None }, limit };
     refuse_misfit(&scan)?;
@@ -309,7 +331,7 @@ pub(crate) fn names(
         let Some(name) = name else {
             return Err(corrupt(list(&scan), format!("{text:?} is out of place")));
         };
-        if row.get(1)? {
+        if absent_too || row.get(1)? {
             names.push(name);
         }
     }

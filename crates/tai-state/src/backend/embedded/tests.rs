@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::*;
-use crate::backend::{Body, Precondition, Write};
+use crate::backend::{Body, Precondition, Rung, Write};
 use crate::{ChangeMetadata, Error, StateSnapshot, StateStore, StoreOptions};
 
 fn put(name: &str) -> Write {
@@ -216,4 +216,44 @@ async fn a_damaged_row_fails_only_those_who_touch_it() {
         backend.names(&Name::escape("g", "id").unwrap(), Kind::States, None, 100).await.unwrap();
     assert_eq!(names.len(), 2 + 20);
     assert!(names.iter().all(|name| !name.as_str().starts_with("half")));
+}
+
+/// This handle's own commits are told by name; only those of others ring for anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn own_commits_are_told_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    let other = open(&path).await.unwrap();
+    let key = put("a").key;
+    let mut alarm = backend.watch(&key.governor, key.kind, None).await.unwrap();
+    let moment = watch::PERIOD * 3;
+    for n in 0..6 {
+        backend.commit(vec![put(&format!("s{}", n % 2))]).await.unwrap();
+        let rung = alarm.ring().await.unwrap();
+        assert!(matches!(&rung, Rung::Names(names) if names.len() == 1), "{rung:?}");
+        // The file is looked at meanwhile.
+        assert!(tokio::time::timeout(moment, alarm.ring()).await.is_err(), "at {n}");
+    }
+    for _ in 0..3 {
+        other.commit(vec![put("b")]).await.unwrap();
+        let rung = tokio::time::timeout(Duration::from_secs(20), alarm.ring()).await.unwrap();
+        assert_eq!(rung.unwrap(), Rung::Anything);
+        assert!(tokio::time::timeout(moment, alarm.ring()).await.is_err());
+    }
+}
+
+/// An alarm does not keep the file open, and says that it has been closed.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_alarm_that_is_left_over_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    let key = put("a").key;
+    let mut alarm = backend.watch(&key.governor, key.kind, Some(&key.name)).await.unwrap();
+    assert!(tokio::time::timeout(watch::PERIOD * 2, alarm.ring()).await.is_err());
+    let waiting = tokio::spawn(async move { alarm.ring().await });
+    tokio::task::spawn_blocking(move || drop(backend)).await.unwrap();
+    let ended = waiting.await.unwrap();
+    assert!(matches!(ended, Err(BackendError::Failed(_))), "{ended:?}");
 }

@@ -18,6 +18,7 @@ use super::held::Held;
 use super::rows::{self, RowError, Rows};
 use super::tables::{Unsigned, document_crc, key_hash, statements};
 use super::{file, port_error};
+use crate::backend::bell::{self, Bell};
 use crate::backend::{
     BackendError, Committed, Key, Kind, Name, Operation, Precondition, Revision, Write,
 };
@@ -34,6 +35,13 @@ type Answer = Result<Committed, BackendError>;
 pub(crate) struct Request {
     pub(crate) writes: Vec<Write>,
     pub(crate) answer: oneshot::Sender<Answer>,
+}
+
+/// What the writer's thread is asked.
+pub(crate) enum Message {
+    Commit(Request),
+    /// Look whether others have committed, and ring if so.
+    Look,
 }
 
 impl Request {
@@ -57,7 +65,7 @@ pub(crate) struct Place {
 /// What the writer's thread owns. The connection goes before the descriptor.
 pub(crate) struct Writer {
     conn: Connection,
-    requests: mpsc::Receiver<Request>,
+    requests: mpsc::Receiver<Message>,
     place: Place,
     /// Set for ever when a sync failed.
     failed: Arc<AtomicBool>,
@@ -66,6 +74,11 @@ pub(crate) struct Writer {
     /// The same at the last checkpoint.
     folded_at: i32,
     commits: Arc<AtomicU64>,
+    bell: Bell,
+    /// Moves with the commits of others.
+    data_version: Option<i64>,
+    /// Whether a look was asked for.
+    look: bool,
 }
 
 /// Why a whole group was not committed.
@@ -87,13 +100,18 @@ pub(crate) fn keep_log(conn: &Connection) {
     let _ = conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
 }
 
+fn data_version(conn: &Connection) -> rusqlite::Result<i64> {
+    conn.prepare_cached("PRAGMA data_version")?.query_row([], |row| row.get(0))
+}
+
 impl Writer {
     pub(crate) fn new(
         mut conn: Connection,
-        requests: mpsc::Receiver<Request>,
+        requests: mpsc::Receiver<Message>,
         place: Place,
         failed: Arc<AtomicBool>,
         commits: Arc<AtomicU64>,
+        bell: Bell,
     ) -> Self {
         let log_pages = Arc::new(AtomicI32::new(0));
         let noted = Arc::clone(&log_pages);
@@ -104,30 +122,68 @@ impl Writer {
         if let Err(error) = conn.wal_hook(Some(hook)) {
             tracing::error!(%error, "the log's size cannot be watched");
         }
-        Self { conn, requests, place, failed, log_pages, folded_at: 0, commits }
+        let data_version = data_version(&conn).ok();
+        Self {
+            conn,
+            requests,
+            place,
+            failed,
+            log_pages,
+            folded_at: 0,
+            commits,
+            bell,
+            data_version,
+            look: false,
+        }
     }
 
     /// Runs until all senders are gone.
     pub(crate) fn run(mut self) {
         while let Ok(first) = self.requests.recv() {
             let group = self.gather(first);
-            self.commit(group);
-            self.checkpoint();
+            if !group.is_empty() {
+                self.commit(group);
+                self.checkpoint();
+            }
+            if std::mem::take(&mut self.look) {
+                self.look_around();
+            }
         }
         if self.failed.load(Ordering::Acquire) {
             keep_log(&self.conn);
         }
     }
 
-    fn gather(&self, first: Request) -> Vec<Request> {
-        let mut bytes = first.bytes();
-        let mut group = vec![first];
-        while group.len() < GROUP_REQUESTS && bytes < GROUP_BYTES {
-            let Ok(next) = self.requests.try_recv() else { break };
-            bytes += next.bytes();
-            group.push(next);
+    fn gather(&mut self, first: Message) -> Vec<Request> {
+        let mut bytes = 0;
+        let mut group = Vec::new();
+        let mut next = Some(first);
+        while let Some(message) = next {
+            match message {
+                Message::Commit(request) => {
+                    bytes += request.bytes();
+                    group.push(request);
+                }
+                Message::Look => self.look = true,
+            }
+            let is_full = group.len() >= GROUP_REQUESTS || bytes >= GROUP_BYTES;
+            next = if is_full { None } else { self.requests.try_recv().ok() };
         }
         group
+    }
+
+    /// Rings when another connection has committed since the last look.
+    fn look_around(&mut self) {
+        let found = data_version(&self.conn);
+        if let Err(error) = &found {
+            tracing::warn!(%error, "it cannot be seen whether others have committed");
+        }
+        let found = found.ok();
+        // What cannot be seen may have changed.
+        if found.is_none() || found != self.data_version {
+            self.bell.anything();
+        }
+        self.data_version = found;
     }
 
     fn commit(&mut self, group: Vec<Request>) {
@@ -145,6 +201,10 @@ impl Writer {
         tracing::trace!(requests = group.len(), ok = outcome.is_ok(), "group commit");
         match outcome {
             Ok(answers) => {
+                if self.bell.has_listeners() {
+                    let done = group.iter().zip(&answers).filter(|(_, answer)| answer.is_ok());
+                    self.bell.changed(done.flat_map(|(r, _)| bell::changes(&r.writes)).collect());
+                }
                 for (request, answer) in group.into_iter().zip(answers) {
                     // The caller may have gone away; what it asked for is done all the same.
                     let _ = request.answer.send(answer);

@@ -20,7 +20,9 @@ macro_rules! ensure {
     };
 }
 
+mod querying;
 mod reading;
+mod watching;
 mod writing;
 
 use std::pin::Pin;
@@ -74,10 +76,26 @@ behaviours![
     reading::documents_are_counted,
     reading::escaped_ids_of_any_kind_are_kept,
     reading::a_view_is_one_cut,
+    reading::a_view_of_governors_is_one_cut,
     reading::a_reader_who_sees_the_last_write_sees_the_first,
     reading::of_racing_creates_one_wins,
     reading::racing_writers_lose_nothing,
     reading::identity_does_not_change,
+    querying::a_query_finds_what_is_equal,
+    querying::a_query_finds_a_range_of_one_type,
+    querying::a_query_finds_one_of_several,
+    querying::all_filters_of_a_query_must_hold,
+    querying::a_query_is_ordered_and_continues,
+    querying::a_query_orders_texts_by_their_bytes,
+    querying::a_query_reaches_fields_of_any_name,
+    querying::a_query_sees_only_its_own,
+    querying::a_query_that_nobody_can_answer_is_refused,
+    querying::a_query_in_a_view_sees_its_cut,
+    watching::every_change_rings,
+    watching::nothing_that_changes_is_missed,
+    watching::a_ring_waits_for_who_listens_later,
+    watching::a_wait_that_is_given_up_loses_nothing,
+    watching::a_watch_must_fit_its_kind,
 ];
 
 /// How long one behaviour may take: the slowest takes about a second on a slow disk.

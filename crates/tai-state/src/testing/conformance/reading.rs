@@ -226,6 +226,24 @@ pub(super) async fn a_view_is_one_cut(backend: Arc<dyn Backend>) -> Outcome {
     Ok(())
 }
 
+pub(super) async fn a_view_of_governors_is_one_cut(backend: Arc<dyn Backend>) -> Outcome {
+    put_any(&backend, state("a")?, 1).await?;
+    let view = backend.view().await.map_err(|error| format!("view: {error}"))?;
+    let listed = async || {
+        let names = view.governors(None, 10).await.map_err(|error| error.to_string())?;
+        Ok::<_, String>(names.iter().map(Name::id).collect::<Vec<_>>())
+    };
+    ensure!(listed().await? == ["gov"], "the view lists {:?}", listed().await?);
+    let elsewhere = Key { governor: name("other")?, ..state("b")? };
+    put_any(&backend, elsewhere.clone(), 1).await?;
+    put_any(&backend, state("b")?, 1).await?;
+    ensure!(listed().await? == ["gov"], "the view lists {:?} later", listed().await?);
+    ensure!(read(view.as_ref(), elsewhere).await?.is_none(), "the view sees what came later");
+    let count = view.count(None, Kind::States).await.map_err(|error| error.to_string())?;
+    ensure!(count == 1, "the view counts {count}");
+    Ok(())
+}
+
 pub(super) async fn a_reader_who_sees_the_last_write_sees_the_first(
     backend: Arc<dyn Backend>,
 ) -> Outcome {
