@@ -70,7 +70,12 @@ impl Clock for ManualClock {
 }
 
 /// The time in whole microseconds, which is what both backends keep.
+/// A leap second, which neither keeps, is the last microsecond before it.
 pub(crate) fn to_micros(time: DateTime<Utc>) -> DateTime<Utc> {
+    if time.timestamp_subsec_nanos() >= 1_000_000_000 {
+        let last = DateTime::from_timestamp(time.timestamp(), 999_999_000);
+        return last.unwrap_or(time);
+    }
     time.trunc_subsecs(6)
 }
 
@@ -80,7 +85,7 @@ pub(crate) fn new_event_id() -> Uuid {
 }
 
 /// A random identity.
-#[cfg(feature = "embedded")]
+#[cfg(any(feature = "embedded", feature = "firestore", feature = "testing"))]
 pub(crate) fn random_id() -> Uuid {
     Uuid::new_v4()
 }

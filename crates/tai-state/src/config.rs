@@ -46,8 +46,10 @@ pub struct RetryPolicy {
     pub base: Duration,
     /// The longest wait before any later one.
     pub cap: Duration,
-    /// After this long nothing is tried again.
+    /// By when a call has returned, at most a second later; nothing is tried again after it.
     pub deadline: Duration,
+    /// How long one try over a network may take before it counts as lost.
+    pub attempt_timeout: Duration,
 }
 
 impl Default for RetryPolicy {
@@ -57,6 +59,7 @@ impl Default for RetryPolicy {
             base: Duration::from_millis(10),
             cap: Duration::from_secs(1),
             deadline: Duration::from_secs(60),
+            attempt_timeout: Duration::from_secs(10),
         }
     }
 }
@@ -92,9 +95,25 @@ pub struct StoreOptions {
     pub create: bool,
     /// Whether a file is accepted where the disk is known to be memory (Cloud Run).
     pub allow_ephemeral_disk: bool,
+    /// Whether an emulator may be elsewhere than on this machine: what goes there is not encrypted.
+    pub allow_remote_emulator: bool,
     /// How many bytes of heads a handle may remember, so that a write in the steady state needs
     /// no read before it.
     pub cache_bytes: usize,
+    /// For the control of tests: a commit that is refused is taken for a conflict without looking
+    /// whether it was our own that had been applied before.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub never_settle: bool,
+}
+
+impl StoreOptions {
+    pub(crate) fn settles(&self) -> bool {
+        #[cfg(feature = "testing")]
+        return !self.never_settle;
+        #[cfg(not(feature = "testing"))]
+        true
+    }
 }
 
 impl Default for StoreOptions {
@@ -106,7 +125,10 @@ impl Default for StoreOptions {
             node: None,
             create: true,
             allow_ephemeral_disk: false,
+            allow_remote_emulator: false,
             cache_bytes: 16 << 20,
+            #[cfg(feature = "testing")]
+            never_settle: false,
         }
     }
 }

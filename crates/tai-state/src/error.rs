@@ -192,6 +192,26 @@ pub enum Error {
         reason: String,
     },
 
+    /// The query needs an index that the database does not have.
+    #[error("{location}: the query needs an index that is not there: {reason}")]
+    MissingIndex {
+        /// The database.
+        location: String,
+        /// Which index, as the service says it.
+        reason: String,
+    },
+
+    /// Another store stands where this one was opened, or none any more. Nothing was written to it.
+    #[error("{location} is not the store that was opened: expected {expected}, found {found}")]
+    StoreReplaced {
+        /// The file or database.
+        location: String,
+        /// The identity of the store that was opened.
+        expected: String,
+        /// What stands there now.
+        found: String,
+    },
+
     /// The store was moved; this place refuses writes.
     #[error("{location} was moved to {to}")]
     Moved {
@@ -223,6 +243,8 @@ impl Error {
             Self::HistoryTrimmed { .. } => "history_trimmed",
             Self::NewerFormat { .. } => "newer_format",
             Self::NotAStore { .. } => "not_a_store",
+            Self::MissingIndex { .. } => "missing_index",
+            Self::StoreReplaced { .. } => "store_replaced",
             Self::Moved { .. } => "moved",
         }
     }
@@ -279,6 +301,13 @@ impl Error {
             }
             Self::NewerFormat { .. } => "use a newer tai-state",
             Self::NotAStore { .. } => "check the path; `tai-state init` makes a new store",
+            Self::MissingIndex { .. } => {
+                "deploy the indexes that `tai-state firestore indexes` prints, and those of your own \
+                 queries"
+            }
+            Self::StoreReplaced { .. } => {
+                "this is not the store that was opened; look what stands there, then open it again"
+            }
             Self::Moved { .. } => "use the new address",
             Self::Timeout { .. } | Self::Firestore { .. } => "try again later",
             _ => return None,

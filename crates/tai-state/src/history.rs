@@ -239,6 +239,10 @@ impl History<'_> {
     }
 }
 
+fn deleted_then(address: &Address, at: &str) -> Error {
+    not_found(address, format!("{at}: it was deleted then"))
+}
+
 fn missing(address: &Address, version: u64) -> Error {
     Error::corrupt(
         format!("the log of {address} at v{version}"),
@@ -258,7 +262,20 @@ impl StateStore {
         state: impl AsRef<str>,
         version: u64,
     ) -> Result<StateSnapshot> {
-        Ok(self.record_at_version(governor, state, version).await?.snapshot)
+        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        // An event proves itself; only when it is not there the head must say why.
+        let found = self.records.reader().changes_at(&address, &[version]).await?;
+        let change = match found.into_iter().next().flatten() {
+            Some(change) => change,
+            None => {
+                let head = self.history_head(&address, version).await?;
+                self.change_at(&address, &head, version).await?
+            }
+        };
+        if change.deleted {
+            return Err(deleted_then(&address, &format!(" at v{version}")));
+        }
+        Ok(change.snapshot())
     }
 
     /// As [`state_at_version`](StateStore::state_at_version), with all that was noted beside it.
@@ -275,7 +292,7 @@ impl StateStore {
         let head = self.history_head(&address, version).await?;
         let change = self.change_at(&address, &head, version).await?;
         if change.deleted {
-            return Err(not_found(&address, format!(" at v{version}: it was deleted then")));
+            return Err(deleted_then(&address, &format!(" at v{version}")));
         }
         Ok(StateRecord::new(&change, head.head.first_version))
     }
@@ -291,7 +308,27 @@ impl StateStore {
         state: impl AsRef<str>,
         time: DateTime<Utc>,
     ) -> Result<StateSnapshot> {
-        Ok(self.record_at_time(governor, state, time).await?.snapshot)
+        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        if self.records.reads_are_cheap() {
+            return Ok(self.record_at_time(governor, state, time).await?.snapshot);
+        }
+        match self.records.reader().newest_until(&address, &time).await? {
+            Some(change) if change.deleted => {
+                Err(deleted_then(&address, &format!(" at {}", format_time(&time))))
+            }
+            Some(change) => Ok(change.snapshot()),
+            None => Err(self.nothing_until(&address, &time).await),
+        }
+    }
+
+    /// Why there is nothing of a state at a time.
+    async fn nothing_until(&self, address: &Address, time: &DateTime<Utc>) -> Error {
+        let at = format!(" at {}", format_time(time));
+        match self.records.head(address).await {
+            Ok(Some(head)) if head.head.first_version > 1 => trimmed(address, &head, &at),
+            Ok(_) => not_found(address, at),
+            Err(error) => error,
+        }
     }
 
     /// As [`state_at_time`](StateStore::state_at_time), with all that was noted beside it.
@@ -312,6 +349,10 @@ impl StateStore {
         // Times never fall with rising versions, so the version is found by halving.
         let (mut low, mut high) = (first, head.head.version());
         let mut newest = None;
+        if !self.records.reads_are_cheap() {
+            newest = self.records.reader().newest_until(&address, &time).await?;
+            low = high + 1;
+        }
         while low <= high {
             let middle = low + (high - low) / 2;
             let change = self.change_at(&address, &head, middle).await?;
@@ -323,9 +364,7 @@ impl StateStore {
             }
         }
         match newest {
-            Some(change) if change.deleted => {
-                Err(not_found(&address, format!("{at}: it was deleted then")))
-            }
+            Some(change) if change.deleted => Err(deleted_then(&address, &at)),
             Some(change) => Ok(StateRecord::new(&change, first)),
             None if first > 1 => Err(trimmed(&address, &head, &at)),
             None => Err(not_found(&address, at)),

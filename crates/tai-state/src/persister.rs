@@ -222,13 +222,30 @@ impl StateMachinePersister {
         Ok((head.change.snapshot(), true))
     }
 
+    /// Folds the log from the newest saved snapshot that can be used. The snapshot and what follows it
+    /// are read at the same time.
     async fn replay(&self, address: &Address, head: &Head) -> Result<Option<Change>> {
         let reader = self.records.reader();
-        let mut replay = Replay::from_first(head.first_version);
+        let batch = self.config.max_replay_batch_size.max(1);
+        let page = |from| async move {
+            if from > head.version() {
+                return Ok(Vec::new());
+            }
+            let (changes, _) = reader.changes(address, from, head.version(), batch).await?;
+            if changes.is_empty() {
+                return Err(Error::corrupt(
+                    format!("the log of {address} at v{from}"),
+                    "the event is missing",
+                ));
+            }
+            Ok(changes)
+        };
+        let mut started = None;
         for version in head.snapshot_versions.iter().rev() {
-            match reader.snapshot(address, *version).await {
+            let (base, tail) = tokio::join!(reader.snapshot(address, *version), page(version + 1));
+            match base {
                 Ok(Some(base)) => {
-                    replay = Replay::from_base(base);
+                    started = Some((Replay::from_base(base), tail?));
                     break;
                 }
                 Ok(None) => {
@@ -240,17 +257,16 @@ impl StateMachinePersister {
                 Err(error) => return Err(error),
             }
         }
-        let batch = self.config.max_replay_batch_size.max(1);
-        while replay.next_version() <= head.version() {
-            let from = replay.next_version();
-            let (changes, _) = reader.changes(address, from, head.version(), batch).await?;
-            if changes.is_empty() {
-                return Err(Error::corrupt(
-                    format!("the log of {address} at v{from}"),
-                    "the event is missing",
-                ));
-            }
+        let (mut replay, mut changes) = match started {
+            Some(started) => started,
+            None => (Replay::from_first(head.first_version), page(head.first_version).await?),
+        };
+        loop {
             changes.into_iter().try_for_each(|change| replay.push(change))?;
+            if replay.next_version() > head.version() {
+                break;
+            }
+            changes = page(replay.next_version()).await?;
         }
         tracing::debug!(%address, events = replay.folded(), "replayed");
         Ok(replay.last().cloned())

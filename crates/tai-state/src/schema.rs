@@ -7,13 +7,37 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::backend::{Body, Document, Operation, Precondition, Revision, Write};
+use crate::backend::{
+    Body, Direction, Document, Field, Kind, Operation, Precondition, Query, Revision, Test, Write,
+};
 use crate::chain::{Change, FORMAT, Hash, format_time};
+use crate::clock::to_micros;
 use crate::clock_vector::VectorClockSnapshot;
 use crate::error::{Error, Result};
 use crate::keys::Address;
 use crate::state::ChangeMetadata;
 use crate::transition::{Head, Transition};
+
+/// Whether the field of this name, at the top of a body, holds a time: a backend that has a type for
+/// times may keep it so.
+#[cfg(feature = "firestore")]
+pub(crate) fn is_time(field: &str) -> bool {
+    matches!(field, "timestamp" | "created_at" | "acquired_at" | "expires_at")
+}
+
+/// Which store this is, for a backend that keeps it as a document.
+#[cfg(feature = "firestore")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Meta {
+    pub(crate) format: u64,
+    /// The store's identity, a UUID.
+    pub(crate) store: String,
+    /// Rises with every restore or copy.
+    pub(crate) incarnation: u64,
+    pub(crate) created_at: String,
+    /// Where the store is now, if it was moved.
+    pub(crate) moved_to: Option<String>,
+}
 
 #[derive(Serialize)]
 struct HeadOut<'a> {
@@ -41,6 +65,9 @@ struct EventOut<'a> {
     version: u64,
     action: &'a str,
     from_version: u64,
+    /// For readers with other tools, where it is not too large; nothing here reads it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    from_state: Option<&'a Value>,
     to_state: &'a Value,
     #[serde(serialize_with = "time")]
     timestamp: &'a DateTime<Utc>,
@@ -87,21 +114,35 @@ struct ChangeIn {
     snapshot_versions: Vec<u64>,
     #[serde(default)]
     first_version: u64,
+    /// An event's own; the hash covers the address and the version, but not these copies of them.
+    state_id: Option<String>,
+    from_version: Option<u64>,
 }
 
 /// The writes of several transitions of one state that follow one another: events and saved
-/// snapshots, and then the one head. `base` is the revision of the head that the first of them was
-/// planned on.
-pub(crate) fn writes(steps: &[Transition], base: Option<Revision>) -> Result<(Vec<Write>, Write)> {
+/// snapshots, and then the one head. `base` is the change that the head had when the first of them
+/// was planned, and its revision. An event repeats the state before it up to so many bytes.
+pub(crate) fn writes(
+    steps: &[Transition],
+    base: Option<(&Change, Revision)>,
+    repeat_before: usize,
+) -> Result<(Vec<Write>, Write)> {
     let mut writes = Vec::with_capacity(steps.len() + 2);
+    let mut before = base.map(|(change, _)| change);
     for step in steps {
         let change = &step.head.change;
         let address = &change.address;
-        writes.push(Write::put(
-            address.event(change.version),
-            event_body(change)?,
-            Precondition::Absent,
-        ));
+        let from = before.filter(|before| !before.deleted).map(|before| &before.data);
+        before = Some(change);
+        let body = match from.filter(|_| repeat_before > 0) {
+            Some(from) => Some(event_body(change, Some(from))?),
+            None => None,
+        };
+        let body = match body.filter(|body| body.as_text().len() <= repeat_before) {
+            Some(body) => body,
+            None => event_body(change, None)?,
+        };
+        writes.push(Write::put(address.event(change.version), body, Precondition::Absent));
         if step.save_snapshot {
             writes.push(Write::put(
                 address.snapshot(change.version),
@@ -119,13 +160,19 @@ pub(crate) fn writes(steps: &[Transition], base: Option<Revision>) -> Result<(Ve
         }
     }
     let newest = steps.last().ok_or_else(|| Error::refused("a commit", "it changes nothing"))?;
-    let guard = base.map_or(Precondition::Absent, Precondition::Revision);
+    let revision = base.map(|(_, revision)| revision);
+    let guard = revision.map_or(Precondition::Absent, Precondition::Revision);
     let head = Write {
         key: newest.head.change.address.head(),
         operation: Operation::Put(head_body(&newest.head)?),
         precondition: guard,
     };
     Ok((writes, head))
+}
+
+/// Where a head keeps a field of the state's data; the data themselves for no names.
+pub(crate) fn data_field(path: &[String]) -> Field {
+    Field(std::iter::once("state".to_owned()).chain(path.iter().cloned()).collect())
 }
 
 fn time<S: Serializer>(time: &&DateTime<Utc>, serializer: S) -> Result<S::Ok, S::Error> {
@@ -154,7 +201,7 @@ fn head_body(head: &Head) -> Result<Body> {
     )
 }
 
-fn event_body(change: &Change) -> Result<Body> {
+fn event_body(change: &Change, from_state: Option<&Value>) -> Result<Body> {
     body(
         change,
         &EventOut {
@@ -164,6 +211,7 @@ fn event_body(change: &Change) -> Result<Body> {
             version: change.version,
             action: &change.action,
             from_version: change.version - 1,
+            from_state,
             to_state: &change.data,
             timestamp: &change.timestamp,
             causality: &change.causality,
@@ -197,6 +245,30 @@ fn snapshot_body(change: &Change) -> Result<Body> {
 fn body<T: Serialize>(change: &Change, out: &T) -> Result<Body> {
     Body::new(out)
         .map_err(|source| Error::SerializationError { subject: change.address.to_string(), source })
+}
+
+const LAST_TIME: DateTime<Utc> = match DateTime::from_timestamp(253_402_300_799, 999_999_999) {
+    Some(time) => time,
+    None => DateTime::<Utc>::MAX_UTC,
+};
+
+/// The newest change of a state that is not later than a time: times never fall with rising versions,
+/// and of equal times the last version comes first.
+pub(crate) fn newest_until(address: &Address, time: &DateTime<Utc>) -> Query {
+    // Times are kept in whole microseconds and end with the year 9999.
+    let time = to_micros((*time).min(LAST_TIME));
+    let field = |name: &str| Field(vec![name.to_owned()]);
+    Query {
+        governor: address.governor.clone(),
+        kind: Kind::Events,
+        filters: vec![
+            (field("state_id"), Test::Equal(address.state.id().into())),
+            (field("timestamp"), Test::AtMost(format_time(&time).into())),
+        ],
+        order: Some((field("timestamp"), Direction::Descending)),
+        after: None,
+        limit: 1,
+    }
 }
 
 /// Reads a head and checks its hash.
@@ -242,6 +314,18 @@ fn read(document: &Document) -> Result<ChangeIn> {
 }
 
 fn change(address: &Address, document: &Document, read: ChangeIn) -> Result<Change> {
+    // Queries find events by these.
+    if document.key.kind == Kind::Events {
+        let state_fits = read.state_id.as_deref() == Some(address.state.id().as_str());
+        let from_fits =
+            read.from_version.and_then(|from| from.checked_add(1)) == Some(read.version);
+        if !state_fits || !from_fits {
+            return Err(Error::corrupt(
+                document.key.to_string(),
+                "it says that it is an event of another state or version",
+            ));
+        }
+    }
     let change = Change {
         address: address.clone(),
         version: read.version,
@@ -277,7 +361,7 @@ mod tests {
             let change = change_with(data, &text);
             let document = |key, body| Document { key, body, revision: Revision::new(1) };
             let address = change.address.clone();
-            let event = document(address.event(change.version), event_body(&change).unwrap());
+            let event = document(address.event(change.version), event_body(&change, None).unwrap());
             prop_assert_eq!(read_change(&address, &event).unwrap(), change.clone());
             let saved = document(address.snapshot(change.version), snapshot_body(&change).unwrap());
             prop_assert_eq!(read_change(&address, &saved).unwrap(), change.clone());
@@ -289,7 +373,7 @@ mod tests {
         #[test]
         fn any_changed_byte_is_noticed(at in any::<prop::sample::Index>(), to in 0x20u8..0x7f) {
             let change = change_with(serde_json::json!({"n": [1, 2.5, "x"]}), "why");
-            let mut text = event_body(&change).unwrap().as_text().as_bytes().to_vec();
+            let mut text = event_body(&change, None).unwrap().as_text().as_bytes().to_vec();
             let at = at.index(text.len());
             prop_assume!(text[at] != to);
             text[at] = to;
@@ -311,11 +395,12 @@ mod tests {
             &[request(put(1), Expect::Any), request(put(2), Expect::Any)],
             &PersistenceConfig::default(),
         );
+        let before = change_with(serde_json::json!(0), "why");
         for (base, guard) in [
             (None, Precondition::Absent),
-            (Some(Revision::new(7)), Precondition::Revision(Revision::new(7))),
+            (Some((&before, Revision::new(7))), Precondition::Revision(Revision::new(7))),
         ] {
-            let (logged, head) = writes(&steps, base).unwrap();
+            let (logged, head) = writes(&steps, base, 0).unwrap();
             assert!(logged.iter().all(|write| write.precondition == Precondition::Absent));
             assert_eq!((logged.len(), head.precondition), (2, guard));
         }
@@ -330,16 +415,32 @@ mod tests {
             ..PersistenceConfig::default()
         };
         let requests: Vec<_> = (1..=12).map(|n| request(put(n), Expect::Any)).collect();
-        let (mut all, head) = writes(&run(&requests, &policy), None).unwrap();
+        let (mut all, head) = writes(&run(&requests, &policy), None, 0).unwrap();
         all.push(head);
         crate::backend::refuse_doubles(&all).unwrap();
         assert_eq!(all.len(), 12 + 2 + 1);
     }
 
+    /// What queries ask for is where a head keeps it.
+    #[test]
+    fn queries_ask_for_what_a_head_says() {
+        use crate::backend::matching::field;
+        for deleted in [false, true] {
+            let mut change = change_with(serde_json::json!({"a": {"b.c": 7}}), "why");
+            change.deleted = deleted;
+            let head = Head { change, snapshot_versions: vec![], first_version: 1 };
+            let body: Value = head_body(&head).unwrap().parse().unwrap();
+            let path = ["a".to_owned(), "b.c".to_owned()];
+            assert_eq!(field(&body, &data_field(&path)), Some(&serde_json::json!(7)));
+            assert_eq!(field(&body, &data_field(&[])), Some(&head.change.data));
+        }
+    }
+
     #[test]
     fn a_newer_format_is_named() {
         let change = change_with(serde_json::json!(1), "why");
-        let text = event_body(&change).unwrap().as_text().replace("\"format\":1", "\"format\":2");
+        let text =
+            event_body(&change, None).unwrap().as_text().replace("\"format\":1", "\"format\":2");
         let document = Document {
             key: change.address.event(change.version),
             body: Body::from_text(text),

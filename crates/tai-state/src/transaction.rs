@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use tokio::sync::Mutex;
 
-use crate::clock::{Stopwatch, new_event_id};
+use crate::clock::new_event_id;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::json::{MAX_DEPTH, depth_exceeds, too_deep};
 use crate::keys::Address;
+use crate::patience::Deadline;
 use crate::records::{Guard, KnownHead, Records, Steps, View};
 use crate::state::{ChangeMetadata, StateSnapshot};
 use crate::store::{self, StateStore, not_found};
@@ -34,6 +35,7 @@ pub struct TransactionManager {
 pub struct Transaction {
     records: Arc<Records>,
     id: String,
+    deadline: Deadline,
     work: Arc<Mutex<Work>>,
 }
 
@@ -138,28 +140,29 @@ impl TransactionManager {
         Fut: Future<Output = Result<T>>,
     {
         let policy = self.records.options().retry.clone();
-        let started = Stopwatch::start();
+        let deadline = self.records.deadline();
         let mut attempts = 0;
         loop {
             attempts += 1;
             let transaction = Transaction {
                 records: Arc::clone(&self.records),
                 id: new_event_id().to_string(),
+                deadline,
                 work: Arc::default(),
             };
             let outcome = body(transaction.clone()).await;
             let work = transaction.end().await;
             let value = outcome?;
-            let conflict = match self.commit(work).await {
+            let conflict = match self.commit(work, deadline).await {
                 Ok(()) => return Ok(Completed { value, attempts }),
                 Err(error @ Error::VersionConflict { .. }) => error,
                 Err(error) => return Err(error),
             };
-            if attempts >= policy.max_attempts || started.elapsed() >= policy.deadline {
+            if attempts >= policy.max_attempts || deadline.is_over() {
                 return Err(Error::TransactionFailed { attempts, source: Box::new(conflict) });
             }
             tracing::debug!(attempts, %conflict, "somebody was faster, running again");
-            tokio::time::sleep(policy.backoff(attempts)).await;
+            tokio::time::sleep(policy.backoff(attempts).min(deadline.left())).await;
         }
     }
 
@@ -198,7 +201,7 @@ impl TransactionManager {
         Ok(self.run(body).await?.value)
     }
 
-    async fn commit(&self, work: Work) -> Result<()> {
+    async fn commit(&self, work: Work, deadline: Deadline) -> Result<()> {
         let mut groups = Vec::new();
         let mut guards = Vec::new();
         for (address, touched) in work.states {
@@ -208,11 +211,11 @@ impl TransactionManager {
                 groups.push(Steps { base: touched.base, transitions: touched.steps });
             }
         }
-        // What only read has read one cut: that is a consistent answer already.
+        // What only read has read one cut, once that is sure.
         if groups.is_empty() {
-            return Ok(());
+            return self.records.confirm(&guards, deadline).await;
         }
-        self.records.commit(&groups, &guards).await
+        self.records.commit(&groups, &guards, deadline).await
     }
 }
 
@@ -366,7 +369,7 @@ impl Transaction {
         }
         let view = match work.view.take() {
             Some(view) => view,
-            None => self.records.view().await?,
+            None => self.records.view(self.deadline).await?,
         };
         let found = view.reader().heads(&missing).await;
         work.view = Some(view);

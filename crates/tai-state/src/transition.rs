@@ -113,6 +113,12 @@ pub(crate) fn plan(
         Wish::Delete => return Err(not_found(&request.address)),
     };
     let wanted = to_micros(request.at.unwrap_or(now));
+    if !(1..=9999).contains(&wanted.year()) {
+        return Err(Error::refused(
+            format!("the time of a change to {}", request.address),
+            "it is outside the years 1 to 9999",
+        ));
+    }
     let mut causality = request.based_on.clone();
     if let Some(change) = before {
         causality.merge(&change.causality);
@@ -220,12 +226,6 @@ pub(crate) fn check_input(request: &Request) -> Result<()> {
         return Err(Error::refused(format!("the parent version of {subject}"), "it is too large"));
     }
     check_clock(&request.based_on, &request.address)?;
-    if request.at.is_some_and(|at| !(1..=9999).contains(&at.year())) {
-        return Err(Error::refused(
-            format!("the time of a change to {subject}"),
-            "it is outside the years 1 to 9999",
-        ));
-    }
     Ok(())
 }
 

@@ -55,14 +55,16 @@ impl Proof {
 
     /// Damage is a finding; anything else ends the proof.
     fn note(&mut self, error: Error) -> Result<()> {
-        match error {
-            Error::Corrupt { .. } | Error::NewerFormat { .. } => {
-                self.problem(error);
-                Ok(())
-            }
-            error => Err(error),
+        if !is_damage(&error) {
+            return Err(error);
         }
+        self.problem(error);
+        Ok(())
     }
+}
+
+fn is_damage(error: &Error) -> bool {
+    matches!(error, Error::Corrupt { .. } | Error::NewerFormat { .. })
 }
 
 impl StateStore {
@@ -82,7 +84,11 @@ impl StateStore {
             snapshots: 0,
             problems: Vec::new(),
         };
-        let before = self.counts().await;
+        // Damage is a finding; whatever else keeps it from counting keeps it from all.
+        let before = match self.counts().await {
+            Err(error) if !is_damage(&error) => return Err(error),
+            counted => counted,
+        };
         if let Err(error) = self.verify_states(&mut proof, &mut progress).await {
             proof.note(error)?;
         }
@@ -157,7 +163,7 @@ impl StateStore {
             let heads = match reader.heads(&addresses).await {
                 Ok(heads) => heads,
                 // One damaged head spoils all of them: go on one by one.
-                Err(Error::Corrupt { .. } | Error::NewerFormat { .. }) => Vec::new(),
+                Err(error) if is_damage(&error) => Vec::new(),
                 Err(error) => return Err(error),
             };
             let mut heads = heads.into_iter();
