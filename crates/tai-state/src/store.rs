@@ -90,7 +90,7 @@ impl StateRecord {
         }
     }
 
-    fn of(head: &Head) -> Self {
+    pub(crate) fn of(head: &Head) -> Self {
         Self::new(&head.change, head.first_version)
     }
 }
@@ -206,7 +206,9 @@ impl StateStore {
         Self::with_backend(Arc::new(MemoryBackend::new()), options)
     }
 
-    /// Opens whatever a URL names: `app.tai`, `file:///data/app.tai`, `mem:`, `firestore://project`.
+    /// Opens whatever a URL names: `app.tai`, `file:///data/app.tai`, `mem:`, `firestore://project`,
+    /// `firestore+emulator://127.0.0.1:8080/demo-app`. As with all of Google's clients, the environment
+    /// variable `FIRESTORE_EMULATOR_HOST` leads `firestore:` to an emulator.
     ///
     /// # Errors
     /// [`Error::InvalidState`] for a URL that cannot be read; else as the backend's own opening.
@@ -227,8 +229,21 @@ impl StateStore {
             StoreUrl::File { .. } => {
                 Err(Error::refused(url, "this build lacks the feature `embedded`"))
             }
+            #[cfg(feature = "firestore")]
+            StoreUrl::Firestore { project, database, prefix } => {
+                let builder = crate::FirestoreStore::builder(project).database(database);
+                let builder = builder.prefix(prefix).options(options);
+                Ok(builder.connect().await?.into())
+            }
+            #[cfg(feature = "firestore")]
+            StoreUrl::FirestoreEmulator { host, project, database, prefix } => {
+                let builder = crate::FirestoreStore::builder(project).database(database);
+                let builder = builder.prefix(prefix).options(options).emulator(host);
+                Ok(builder.connect().await?.into())
+            }
+            #[cfg(not(feature = "firestore"))]
             StoreUrl::Firestore { .. } | StoreUrl::FirestoreEmulator { .. } => {
-                Err(Error::refused(url, "this build does not speak to Firestore"))
+                Err(Error::refused(url, "this build lacks the feature `firestore`"))
             }
         }
     }
@@ -358,7 +373,7 @@ impl StateStore {
         states: &[S],
     ) -> Result<Vec<StateSnapshot>> {
         let addresses = addresses(governor.as_ref(), states)?;
-        let heads = self.records.reader().heads(&addresses).await?;
+        let heads = self.records.heads_at_once(&addresses).await?;
         Ok(alive(heads).map(|known| known.head.change.snapshot()).collect())
     }
 
