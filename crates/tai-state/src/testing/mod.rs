@@ -1,9 +1,14 @@
 //! What tests of a backend need: the contract as a list of behaviours, and backends that are broken
-//! on purpose, to show that the list notices; and a backend whose answers are lost.
+//! on purpose, to show that the list notices; a backend whose answers are lost; and, for the
+//! Firestore backend, Google's emulator and a proxy before it that loses, delays and repeats.
 
 pub mod broken;
 pub mod conformance;
+#[cfg(all(unix, feature = "testing", feature = "firestore"))]
+pub mod emulator;
 pub mod faults;
+#[cfg(all(feature = "testing", feature = "firestore"))]
+pub mod proxy;
 
 #[cfg(test)]
 pub(crate) use arbitrary::arbitrary_json;

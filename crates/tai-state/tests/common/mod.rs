@@ -3,7 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use serde_json::{Value, json};
-use tai_state::{ChangeMetadata, StateId, StateSnapshot, StateStore, StoreOptions};
+use tai_state::{ChangeMetadata, FirestoreStore, StateId, StateSnapshot, StateStore, StoreOptions};
 
 /// A small generator whose whole run is its seed: SplitMix64 (Steele, Lea and Flood, 2014).
 #[derive(Debug, Clone)]
@@ -80,7 +80,29 @@ macro_rules! on_every_backend {
                 .await;
             })*
         }
+        mod emulator {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                let Some(emulator) = tai_state::testing::emulator::Emulator::shared().await else {
+                    return;
+                };
+                super::$test(&mut |options| {
+                    let store = crate::common::on_emulator(emulator.address(), options);
+                    tokio::task::block_in_place(|| {
+                        tokio::runtime::Handle::current().block_on(store)
+                    })
+                })
+                .await;
+            })*
+        }
     };
+}
+
+/// A new store on an emulator, in a project of its own.
+pub(crate) async fn on_emulator(address: &str, options: StoreOptions) -> StateStore {
+    let project = tai_state::testing::emulator::fresh_project();
+    let builder = FirestoreStore::builder(project).emulator(address).options(options);
+    builder.connect().await.unwrap().into()
 }
 
 /// Makes a store on the backend under test.
