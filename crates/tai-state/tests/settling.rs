@@ -12,7 +12,9 @@ use common::{Random, counter, why};
 use serde_json::json;
 use tai_state::backend::Backend;
 use tai_state::backend::embedded::EmbeddedBackend;
+use tai_state::backend::firestore::{FirestoreBackend, FirestoreConfig};
 use tai_state::backend::memory::MemoryBackend;
+use tai_state::testing::emulator::{Emulator, fresh_project};
 use tai_state::testing::faults::{CommitFault, FaultyBackend};
 use tai_state::{
     Error, NewTransition, StateMachinePersister, StateStore, StoreOptions, TransactionManager,
@@ -99,6 +101,14 @@ async fn embedded() {
     let path = folder.path().join("store.tai");
     every_fault_at_every_place(Arc::new(EmbeddedBackend::open(&path, true, false).await.unwrap()))
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn emulator() {
+    let Some(emulator) = Emulator::shared().await else { return };
+    let mut config = FirestoreConfig::new(fresh_project());
+    config.emulator = Some(emulator.address().to_owned());
+    every_fault_at_every_place(Arc::new(FirestoreBackend::open(config).await.unwrap())).await;
 }
 
 /// Writers who lose answers at random race for a few states: what they were told is what happened.

@@ -16,6 +16,8 @@ use tai_state::{
 };
 
 on_every_backend![
+    several_states_are_read_as_of_one_moment,
+    too_many_states_at_once_are_refused,
     save_get_update_delete,
     versions_have_no_gaps,
     the_address_in_the_call_wins,
@@ -344,4 +346,51 @@ async fn every_call_can_be_spawned(make: Make<'_>) {
         store.delete_state("g", "s", None, why()).await
     });
     assert_eq!(done.await.unwrap().unwrap(), 3);
+}
+
+/// A writer changes two states together; whoever reads both sees them alike.
+async fn several_states_are_read_as_of_one_moment(make: Make<'_>) {
+    let store = open(make);
+    let manager = TransactionManager::new(store.clone());
+    let writing = manager.clone();
+    let both = move |n: u64| {
+        let manager = writing.clone();
+        async move {
+            let write = |tx: tai_state::Transaction| async move {
+                tx.save_state("g", "a", counter(n), why()).await?;
+                tx.save_state("g", "b", counter(n), why()).await
+            };
+            manager.run(write).await.unwrap()
+        }
+    };
+    both(0).await;
+    let writer = {
+        let both = both.clone();
+        tokio::spawn(async move {
+            for n in 1..=150 {
+                both(n).await;
+            }
+        })
+    };
+    let mut reads = 0;
+    while !writer.is_finished() {
+        let read = store.batch_get_states("g", &["a", "b"]).await.unwrap();
+        assert_eq!(read[0].data, read[1].data);
+        let in_transaction =
+            |tx: tai_state::Transaction| async move { tx.batch_get_states("g", &["b", "a"]).await };
+        let read = manager.run(in_transaction).await.unwrap().value;
+        assert_eq!(read[0].data, read[1].data);
+        reads += 1;
+    }
+    writer.await.unwrap();
+    println!("{reads} readings of each kind");
+    assert!(reads > 10);
+}
+
+async fn too_many_states_at_once_are_refused(make: Make<'_>) {
+    let store = open(make);
+    let ids: Vec<String> = (0..501).map(|n| format!("s{n}")).collect();
+    assert!(store.batch_get_states("g", &ids[..500]).await.unwrap().is_empty());
+    let refused = store.batch_get_states("g", &ids).await.unwrap_err();
+    assert!(matches!(refused, Error::TooLarge { size: 501, limit: 500, .. }), "{refused}");
 }
