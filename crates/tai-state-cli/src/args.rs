@@ -28,9 +28,10 @@ Examples:
   tai-state -u app.tai history orders/o-1
   tai-state -u app.tai verify";
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct Global {
-    /// The store: a file such as app.tai, file:///data/app.tai, mem:
+    /// The store: a file such as app.tai, file:///data/app.tai, mem:, firestore://PROJECT/DATABASE?prefix=p
+    /// (database and prefix may be left out), firestore+emulator://HOST:PORT/PROJECT
     #[arg(short, long, global = true, env = "TAI_STATE_URL", hide_env_values = true)]
     pub(crate) url: Option<String>,
     /// How answers and errors are written. json and jsonl are a contract for programs.
@@ -42,6 +43,9 @@ pub(crate) struct Global {
     /// Accept a file where the disk is known to be memory (Cloud Run).
     #[arg(long, global = true, env = "TAI_STATE_ALLOW_EPHEMERAL_DISK")]
     pub(crate) allow_ephemeral_disk: bool,
+    /// Accept a Firestore emulator on another machine: what goes there is not encrypted.
+    #[arg(long, global = true)]
+    pub(crate) allow_remote_emulator: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -57,10 +61,22 @@ pub(crate) enum Format {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Show all of it: a fleet of machines, a kill -9 in the middle, the recovery, the past.
+    ///
+    /// It makes a file of its own, whatever file --url names. Where --url names a Firestore emulator it
+    /// makes a store there, which stays.
     Demo(Demo),
     /// Make a new, empty store.
     Init,
     /// Take in transitions from JSON Lines, plain or gzip.
+    ///
+    /// The format is one JSON object a line:
+    ///
+    ///   {"governor_id","state_id","action","timestamp","actor","reason"?,"data","deleted"?}
+    ///
+    /// The given timestamps are kept as the transitions' own (never earlier than the version before).
+    /// It may be run again, also after a kill: each line has an identity made of what it says and of how
+    /// many equal lines stood before it in the input; the event carries it, and a line whose event is in
+    /// the state's log already is passed over. Two equal lines are two transitions.
     Import(Import),
     /// Write the whole log as JSON Lines, in canonical order.
     Export(Export),
@@ -80,6 +96,8 @@ pub(crate) enum Command {
     Stats,
     /// Run transactions, one JSON object a line, one answer a line.
     Txn(Txn),
+    /// What a Firestore database needs beside the documents.
+    Firestore(Firestore),
     /// The process that `demo` kills.
     #[command(hide = true)]
     DemoWriter(DemoWriter),
@@ -87,7 +105,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Demo {
-    /// Keep the store in this folder afterwards.
+    /// Keep the file in this folder afterwards.
     #[arg(long)]
     pub(crate) keep: Option<PathBuf>,
     /// Kill the writer after so many acknowledged transitions.
@@ -108,14 +126,6 @@ pub(crate) struct DemoWriter {
     pub(crate) seconds: u64,
 }
 
-/// The format is one JSON object a line:
-///
-///   {"governor_id","state_id","action","timestamp","actor","reason"?,"data","deleted"?}
-///
-/// The given timestamps are kept as the transitions' own (never earlier than the version before).
-/// It may be run again, also after a kill: each line has an identity made of what it says and of how
-/// many equal lines stood before it in the input; the event carries it, and a line whose event is in
-/// the state's log already is passed over. Two equal lines are two transitions.
 #[derive(Debug, Args)]
 pub(crate) struct Import {
     /// The file, or - for standard input. gzip is recognised by its first bytes.
@@ -233,6 +243,26 @@ pub(crate) struct Txn {
     /// Who makes the changes.
     #[arg(long, default_value = "tai-state", env = "TAI_STATE_ACTOR")]
     pub(crate) actor: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Firestore {
+    #[command(subcommand)]
+    pub(crate) command: FirestoreCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FirestoreCommand {
+    /// Print the index settings as firestore.indexes.json. No store is opened.
+    ///
+    /// Deploy it with `firebase deploy --only firestore:indexes` or with deploy/terraform, which
+    /// reads the same file; docs/firestore.md says why each field is in it.
+    Indexes {
+        /// What stands before the names of the collections, as in the store's URL (?prefix=p).
+        /// Without it, that of --url is taken, if there is one.
+        #[arg(long)]
+        prefix: Option<String>,
+    },
 }
 
 /// `42` or `v42`.

@@ -129,12 +129,13 @@ impl From<Error> for Failure {
             | "too_large"
             | "not_a_store"
             | "newer_format"
+            | "missing_index"
             | "moved" => exit::REJECTED,
             "timeout" | "firestore" | "storage_full" | "storage_failed" | "outcome_unknown" => {
                 exit::UNAVAILABLE
             }
             "permission_denied" => exit::DENIED,
-            "corrupt" => exit::INTEGRITY,
+            "corrupt" | "store_replaced" => exit::INTEGRITY,
             _ => exit::OTHER,
         };
         let mut message = error.to_string();

@@ -11,7 +11,7 @@ mod point;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tai_state::{StateStore, StoreOptions, StoreUrl};
+use tai_state::{Error, StateStore, StoreOptions, StoreUrl};
 
 use crate::args::{Cli, Command, Format, Global};
 use crate::failure::{Failure, Outcome, exit};
@@ -47,6 +47,9 @@ fn ended(outcome: Outcome, format: Format) -> ExitCode {
 
 async fn run(cli: Cli) -> Outcome {
     let global = cli.global;
+    if !matches!(cli.command, Command::Firestore(_) | Command::DemoWriter(_)) {
+        say_who_answers(&global);
+    }
     match cli.command {
         Command::Demo(args) => cmd::demo::run(&global, &args).await,
         Command::DemoWriter(args) => cmd::demo::write(&connect(&global, true).await?, &args).await,
@@ -66,6 +69,7 @@ async fn run(cli: Cli) -> Outcome {
             let store = connect(&global, false).await?;
             cmd::txn::run(&store, &args).await.map_err(Failure::part_way)
         }
+        Command::Firestore(args) => cmd::firestore::run(&global, &args),
     }
 }
 
@@ -77,13 +81,40 @@ async fn connect(global: &Global, create: bool) -> Outcome<StateStore> {
     let mut options = StoreOptions::default();
     options.create = create;
     options.allow_ephemeral_disk = global.allow_ephemeral_disk;
+    options.allow_remote_emulator = global.allow_remote_emulator;
     let opened = StateStore::connect_with(url, options).await;
     opened.map_err(|error| {
-        let is_missing = !create
-            && matches!(&parsed, StoreUrl::File { path } if path.symlink_metadata().is_err());
+        let is_missing = match &parsed {
+            StoreUrl::File { path } => !create && path.symlink_metadata().is_err(),
+            // No store, or no such database: Firestore has nothing else that could stand there.
+            StoreUrl::Firestore { .. } | StoreUrl::FirestoreEmulator { .. } => {
+                matches!(error, Error::NotAStore { .. })
+            }
+            _ => false,
+        };
         let failure = Failure::from(error);
         if is_missing { failure.with_exit(exit::NOT_FOUND) } else { failure }
     })
+}
+
+/// Where a store of Google's own is looked for on an emulator, because the environment says so.
+fn emulator_instead_of_google(url: &StoreUrl) -> Option<String> {
+    let is_google = matches!(url, StoreUrl::Firestore { .. });
+    std::env::var("FIRESTORE_EMULATOR_HOST").ok().filter(|host| is_google && !host.is_empty())
+}
+
+/// A note for people: nobody shall take an emulator for Google. Programs that want to know find the
+/// `location` in what `init` answers; their standard error holds errors only.
+fn say_who_answers(global: &Global) {
+    let url = global.url.as_deref().and_then(|url| url.parse::<StoreUrl>().ok());
+    if let (Some(url), Format::Table) = (url, global.output)
+        && let Some(host) = emulator_instead_of_google(&url)
+    {
+        let text = format!(
+            "note: {url} is looked for on the emulator at {host}, not at Google (FIRESTORE_EMULATOR_HOST)"
+        );
+        eprintln!("{}", output::visible(&text));
+    }
 }
 
 fn url(global: &Global) -> Outcome<&str> {

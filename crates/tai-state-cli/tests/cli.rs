@@ -2,16 +2,28 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
+#[macro_use]
 mod common;
 
-use std::process::Command;
-
-use common::{BINARY, Store, run};
+use common::{BINARY, Engine, Store, bash, run, tool};
 use serde_json::{Value, json};
 
-#[test]
-fn a_state_from_its_birth_to_its_end() {
-    let store = Store::made();
+on_every_engine!(
+    a_state_from_its_birth_to_its_end,
+    lists,
+    exit_codes,
+    only_some_verbs_make_a_store,
+    hostile_ids_pass_through_and_steer_no_terminal,
+    transactions_line_by_line,
+    concurrent_transactions_lose_nothing,
+    a_reader_that_goes_away_is_no_failure,
+    an_import_without_its_reader_is_no_success,
+    raw_data_is_json,
+    the_demo_runs,
+);
+
+fn a_state_from_its_birth_to_its_end(engine: Engine) {
+    let store = engine.store();
     let put = store.json(&["put", "orders/o/1", "--data", r#"{"n":1}"#, "--actor", "ada"]).ok();
     assert_eq!(put.json()["version"], 1);
     store.feed(&["put", "orders/o/1", "--expect", "1", "--reason", "paid"], b"{\"n\":2}").ok();
@@ -67,9 +79,8 @@ fn a_state_from_its_birth_to_its_end() {
     store.verified();
 }
 
-#[test]
-fn lists() {
-    let store = Store::made();
+fn lists(engine: Engine) {
+    let store = engine.store();
     assert_eq!(store.json(&["ls"]).ok().json(), json!([]));
     for n in 0..5 {
         store.run(&["put", &format!("g/s{n}"), "--data", "1"]).ok();
@@ -101,9 +112,8 @@ fn lists() {
     assert!(table.starts_with("STATE") || table.trim_start().starts_with("STATE"), "{table}");
 }
 
-#[test]
-fn exit_codes() {
-    let store = Store::made();
+fn exit_codes(engine: Engine) {
+    let store = engine.store();
     store.run(&["put", "g/s", "--data", "1"]).ok();
     for (args, exit) in [
         (vec!["get", "g/none"], 3),
@@ -148,36 +158,58 @@ fn exit_codes() {
 
 #[test]
 fn a_store_must_be_named_and_exist() {
-    let mut command = Command::new(BINARY);
+    let mut command = tool();
     command.args(["-o", "json", "stats"]);
     let none = run(command, b"");
     assert_eq!(none.exit, 2);
     assert_eq!(none.error()["hint"].as_str().unwrap().matches("-u ").count(), 3, "{none:?}");
     let store = Store::new();
-    for verb in ["stats", "verify", "export", "ls"] {
-        let missing = store.json(&[verb]);
-        assert_eq!((missing.exit, missing.error()["code"].as_str()), (3, Some("not_a_store")));
-    }
-    assert!(!store.file.exists(), "a reading verb made a store");
     store.write("store.tai", b"some text");
     assert_eq!(store.json(&["stats"]).exit, 5);
     assert_eq!(std::fs::read(&store.file).unwrap(), b"some text");
-    for url in ["http://x", "firestore://p", "mem:x"] {
-        let mut command = Command::new(BINARY);
+    for url in ["http://x", "firestore://", "mem:x"] {
+        let mut command = tool();
         command.args(["-u", url, "-o", "json", "stats"]);
         let ran = run(command, b"");
         assert_eq!(ran.exit, 5, "{url}: {ran:?}");
     }
-    let mut by_environment = Command::new(BINARY);
+    let mut by_environment = tool();
     by_environment.args(["stats"]);
     by_environment.env("TAI_STATE_URL", "mem:");
-    let output = by_environment.output().unwrap();
-    assert!(output.status.success());
+    run(by_environment, b"").ok();
 }
 
-#[test]
-fn hostile_ids_pass_through_and_steer_no_terminal() {
-    let store = Store::made();
+fn only_some_verbs_make_a_store(engine: Engine) {
+    let store = engine.place();
+    for verb in [
+        "stats",
+        "verify",
+        "export",
+        "ls",
+        "ls g",
+        "get g/s",
+        "history g/s",
+        "rm g/s",
+        "put g/s --data 1",
+        "txn",
+    ] {
+        let args: Vec<&str> = verb.split(' ').collect();
+        let missing = store.json(&args);
+        let error = missing.error();
+        assert_eq!((missing.exit, error["code"].as_str()), (3, Some("not_a_store")), "{verb}");
+        assert!(error["hint"].as_str().unwrap().contains("tai-state init"), "{verb}: {error}");
+    }
+    assert!(!store.exists(), "a verb that makes none made a store");
+    store.run(&["init"]).ok();
+    assert_eq!(store.json(&["init"]).error()["code"], "exists");
+    assert_eq!(store.json(&["get", "g/s"]).error()["code"], "state_not_found");
+    let taken_in = engine.place();
+    taken_in.feed(&["import", "-"], b"").ok();
+    assert!(taken_in.exists());
+}
+
+fn hostile_ids_pass_through_and_steer_no_terminal(engine: Engine) {
+    let store = engine.store();
     for id in ["..", "__x__", "a~b", "%2F", "\u{202e}rtl", "new\nline", "\u{1b}[31mred", " ", "é"]
     {
         let address = format!("{id}/{id}");
@@ -216,9 +248,8 @@ fn hostile_ids_pass_through_and_steer_no_terminal() {
     store.verified();
 }
 
-#[test]
-fn transactions_line_by_line() {
-    let store = Store::made();
+fn transactions_line_by_line(engine: Engine) {
+    let store = engine.store();
     let lines = [
         r#"{"id":"t1","ops":[{"op":"append","state":"g/a","value":1},{"op":"append","state":"g/a","value":5},{"op":"get","state":"g/a"},{"op":"put","state":"g/b","data":{"x":1}}]}"#,
         r#"{"id":"t2","ops":[{"op":"put","state":"g/b","data":{"x":2},"expect":7},{"op":"put","state":"g/c","data":1}]}"#,
@@ -269,9 +300,8 @@ fn transactions_line_by_line() {
     store.verified();
 }
 
-#[test]
-fn concurrent_transactions_lose_nothing() {
-    let store = Store::made();
+fn concurrent_transactions_lose_nothing(engine: Engine) {
+    let store = engine.store();
     let input: String = (0..300)
         .map(|n| {
             json!({"id": n, "ops": [{"op": "add", "state": format!("g/n{}", n % 3), "value": 1}]})
@@ -293,9 +323,8 @@ fn concurrent_transactions_lose_nothing() {
     store.verified();
 }
 
-#[test]
-fn a_reader_that_goes_away_is_no_failure() {
-    let store = Store::made();
+fn a_reader_that_goes_away_is_no_failure(engine: Engine) {
+    let store = engine.store();
     let many: String = (0..2_000)
         .map(|n| json!({"governor_id": "g", "state_id": format!("s{n}"), "action": "a", "timestamp": "2026-01-01T00:00:00Z", "actor": "x", "data": n}).to_string() + "\n")
         .collect();
@@ -303,41 +332,36 @@ fn a_reader_that_goes_away_is_no_failure() {
     for verb in ["export", "ls g -o jsonl --limit 2000"] {
         let script = format!(
             "{BINARY} -u {} {verb} | head -n 1 | wc -l; exit ${{PIPESTATUS[0]}}",
-            store.file.display()
+            store.url
         );
-        let mut command = Command::new("bash");
-        command.args(["-c", &script]);
-        let ran = run(command, b"");
+        let ran = run(bash(&script), b"");
         assert_eq!((ran.exit, ran.out.trim()), (0, "1"), "{verb}: {ran:?}");
     }
 }
 
 /// A command that changes things and lost its reader has stopped part-way, and says so.
-#[test]
-fn an_import_without_its_reader_is_no_success() {
-    let store = Store::made();
-    let lines: String = (0..20_000)
+fn an_import_without_its_reader_is_no_success(engine: Engine) {
+    let store = engine.store();
+    let many = engine.about(20_000);
+    let lines: String = (0..many)
         .map(|n| json!({"governor_id": "g", "state_id": format!("s{n}"), "action": "a", "timestamp": "2026-01-01T00:00:00Z", "actor": "x", "data": n}).to_string() + "\n")
         .collect();
     let file = store.write("log.jsonl", lines.as_bytes());
     let script = format!(
         "{BINARY} -u {} import --acks {file} | head -n 1 >/dev/null; exit ${{PIPESTATUS[0]}}",
-        store.file.display()
+        store.url
     );
-    let mut command = Command::new("bash");
-    command.args(["-c", &script]);
-    assert_eq!(run(command, b"").exit, 9);
+    assert_eq!(run(bash(&script), b"").exit, 9);
     let summary = store.json(&["import", &file]).ok().json();
-    assert_eq!(summary["lines"], 20_000);
+    assert_eq!(summary["lines"], many);
     // Nor does a name decide how a command ends.
     let odd = store.json(&["get", "g/Broken pipe"]);
     assert_eq!(odd.exit, 3);
 }
 
 /// What is shown on a terminal steers nothing, and is the same JSON.
-#[test]
-fn raw_data_is_json() {
-    let store = Store::made();
+fn raw_data_is_json(engine: Engine) {
+    let store = engine.store();
     let data = json!({"a\u{202e}": "b\u{7f}\u{1b}\n", "c": [1.5, null]});
     store.run(&["put", "g/s", "--data", &data.to_string()]).ok();
     let raw = store.run(&["get", "g/s", "--raw"]).ok();
@@ -375,16 +399,25 @@ fn verify_names_what_is_damaged() {
     }
 }
 
-#[test]
-fn the_demo_runs() {
-    let mut command = Command::new(BINARY);
-    command.args(["-o", "json", "demo", "--kill-after", "300"]);
-    let report = run(command, b"").ok().json();
+fn the_demo_runs(engine: Engine) {
+    let demo = |args: &[&str]| {
+        let (place, args) = (engine.place(), [&["demo"], args].concat());
+        // On a file it makes a place of its own, and the URL is let alone.
+        let ran = place.run(&args).ok();
+        assert_eq!(place.exists(), engine != Engine::File);
+        (place, ran)
+    };
+    let (place, ran) = demo(&["-o", "json", "--kill-after", "300"]);
+    let report = ran.json();
     assert_eq!((&report["lost"], &report["ok"]), (&json!(0), &json!(true)));
     assert!(report["acknowledged"].as_u64().unwrap() >= 300);
-    let mut command = Command::new(BINARY);
-    command.args(["demo", "--kill-after", "200"]);
-    let told = run(command, b"").ok().out;
+    if engine != Engine::File {
+        assert_eq!(place.verified()["content_hash"], report["content_hash"]);
+        assert_eq!(place.json(&["demo"]).error()["code"], "exists");
+        assert_eq!(place.json(&["demo", "--keep", "x"]).exit, 2);
+    }
+    let (_, ran) = demo(&["--kill-after", "200"]);
+    let told = ran.out;
     for step in ["1. ", "2. ", "3. ", "4. ", "5. ", "6. ", "kill -9", "content hash"] {
         assert!(told.contains(step), "{step} is missing: {told}");
     }

@@ -2,16 +2,30 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
+#[macro_use]
 mod common;
 
 use std::collections::HashMap;
 use std::io::{Read, Write};
 
-use common::{Random, Store, incidents};
+use common::{Engine, Random, Store, incidents};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
+
+on_every_engine!(
+    large_lines_take_little_memory,
+    equal_lines_are_two_transitions_and_running_again_adds_none,
+    importing_one_s_own_export_adds_nothing,
+    strict_refuses_the_deletion_of_nothing,
+    gzip_from_a_slow_pipe,
+    times_are_kept_and_never_go_back,
+    deletions_go_through,
+    a_bad_line_is_named_and_lines_before_it_stay,
+    damaged_gzip_is_named_and_lines_before_it_stay,
+    racing_imports_double_nothing,
+);
 
 fn line(state: &str, second: u32, data: impl Into<Value>) -> String {
     json!({
@@ -72,7 +86,7 @@ fn the_real_log_goes_in_and_comes_out() {
 fn peak(store: &Store, file: &str) -> u64 {
     let mut child = std::process::Command::new(common::BINARY)
         .arg("-u")
-        .arg(&store.file)
+        .arg(&store.url)
         .args(["import", file])
         .stdout(std::process::Stdio::null())
         .spawn()
@@ -100,10 +114,8 @@ fn importing_takes_little_memory() {
 }
 
 /// Large lines do not pile up while they wait.
-#[cfg(target_os = "linux")]
-#[test]
-fn large_lines_take_little_memory() {
-    let store = Store::new();
+fn large_lines_take_little_memory(engine: Engine) {
+    let store = engine.place();
     let lines: String =
         (0..200).map(|n| line(&format!("s{n}"), 1, "x".repeat(890_000)) + "\n").collect();
     let file = store.write("large.gz", &gzip(lines.as_bytes()));
@@ -112,9 +124,8 @@ fn large_lines_take_little_memory() {
     assert!(peak > 0 && peak <= 256 * 1024, "{peak} KiB");
 }
 
-#[test]
-fn equal_lines_are_two_transitions_and_running_again_adds_none() {
-    let store = Store::new();
+fn equal_lines_are_two_transitions_and_running_again_adds_none(engine: Engine) {
+    let store = engine.place();
     let lines =
         [line("a", 1, 1), line("a", 1, 1), line("b", 1, 1), line("a", 1, 2), line("a", 1, 1)];
     let input = lines.join("\n");
@@ -134,9 +145,8 @@ fn equal_lines_are_two_transitions_and_running_again_adds_none() {
 }
 
 /// A store knows its own export, whatever the identities of its events are.
-#[test]
-fn importing_one_s_own_export_adds_nothing() {
-    let store = Store::made();
+fn importing_one_s_own_export_adds_nothing(engine: Engine) {
+    let store = engine.store();
     for n in 0..3 {
         store.run(&["put", "g/a", "--data", &n.to_string()]).ok();
     }
@@ -152,17 +162,16 @@ fn importing_one_s_own_export_adds_nothing() {
     assert_eq!(store.run(&["export"]).ok().out, exported);
 }
 
-#[test]
-fn strict_refuses_the_deletion_of_nothing() {
+fn strict_refuses_the_deletion_of_nothing(engine: Engine) {
     let delete = |state: &str| {
         json!({"governor_id": "g", "state_id": state, "action": "delete", "timestamp": "2026-01-01T00:00:00Z", "actor": "x", "data": null, "deleted": true}).to_string()
     };
     let bad = format!("{}\n{}", line("a", 1, 1), delete("b"));
     let good = format!("{}\n{}", line("a", 1, 1), delete("a"));
-    let store = Store::new();
+    let store = engine.place();
     let ran = store.feed(&["-o", "json", "import", "--strict", "-"], bad.as_bytes());
     assert_eq!((ran.exit, &ran.error()["line"]), (3, &json!(2)), "{ran:?}");
-    assert!(!store.file.exists());
+    assert!(!store.exists());
     for applied in [2, 0] {
         let summary =
             store.feed(&["-o", "json", "import", "--strict", "-"], good.as_bytes()).ok().json();
@@ -173,24 +182,20 @@ fn strict_refuses_the_deletion_of_nothing() {
 }
 
 /// A pipe that gives a byte at a time is gzip all the same.
-#[test]
-fn gzip_from_a_slow_pipe() {
-    let store = Store::new();
+fn gzip_from_a_slow_pipe(engine: Engine) {
+    let store = engine.place();
     let file = store.write("log.gz", &gzip(line("a", 1, 1).as_bytes()));
     let script = format!(
         "{{ head -c 1 {file}; sleep 0.2; tail -c +2 {file}; }} | {} -u {} import -",
         common::BINARY,
-        store.file.display()
+        store.url
     );
-    let mut command = std::process::Command::new("bash");
-    command.args(["-c", &script]);
-    assert_eq!(common::run(command, b"").exit, 0);
+    assert_eq!(common::run(common::bash(&script), b"").exit, 0);
     assert_eq!(store.verified()["events"], 1);
 }
 
-#[test]
-fn times_are_kept_and_never_go_back() {
-    let store = Store::new();
+fn times_are_kept_and_never_go_back(engine: Engine) {
+    let store = engine.place();
     let lines = [line("a", 5, 1), line("a", 3, 2), line("a", 9, 3)].join("\n");
     store.feed(&["import", "-"], lines.as_bytes()).ok();
     let history = store.run(&["-o", "jsonl", "history", "g/a"]).ok().lines();
@@ -203,15 +208,14 @@ fn times_are_kept_and_never_go_back() {
     assert_eq!(again["applied"], 0);
 }
 
-#[test]
-fn deletions_go_through() {
-    let store = Store::new();
+fn deletions_go_through(engine: Engine) {
+    let store = engine.place();
     store.feed(&["import", "-"], line("a", 1, 1).as_bytes()).ok();
     store.run(&["rm", "g/a"]).ok();
     store.run(&["put", "g/a", "--data", "null", "--expect", "0"]).ok();
     let exported = store.run(&["export"]).ok().out;
     assert_eq!(exported.matches("\"deleted\":true").count(), 1, "{exported}");
-    let copy = Store::new();
+    let copy = engine.place();
     copy.feed(&["import", "-"], exported.as_bytes()).ok();
     assert_eq!(copy.run(&["export"]).ok().out, exported);
     assert_eq!(copy.json(&["get", "g/a"]).ok().json()["version"], 3);
@@ -220,8 +224,7 @@ fn deletions_go_through() {
     assert_eq!((ran.exit, &ran.error()["line"]), (3, &json!(1)), "{ran:?}");
 }
 
-#[test]
-fn a_bad_line_is_named_and_lines_before_it_stay() {
+fn a_bad_line_is_named_and_lines_before_it_stay(engine: Engine) {
     let good = |n: u32| line(&format!("s{n}"), n, n);
     let long_id = line(&"x".repeat(10_000), 1, 1);
     let bad_lines = [
@@ -245,7 +248,7 @@ fn a_bad_line_is_named_and_lines_before_it_stay() {
     for bad in bad_lines {
         let short: String = bad.chars().take(60).collect();
         let input = format!("{}\n{}\n{bad}\n{}\n", good(1), good(2), good(3));
-        let store = Store::new();
+        let store = engine.place();
         let ran = store.feed(&["-o", "json", "import", "-"], input.as_bytes());
         assert_eq!(ran.exit, 5, "{short}: {ran:?}");
         let error = ran.error();
@@ -254,16 +257,16 @@ fn a_bad_line_is_named_and_lines_before_it_stay() {
         assert_eq!(store.json(&["stats"]).ok().json()["total_events"], 2, "{short}");
 
         // Strict: nothing at all, and no store.
-        let store = Store::new();
+        let store = engine.place();
         for (file, stdin) in
             [("-".to_owned(), input.as_bytes()), (store.write("in", input.as_bytes()), &b""[..])]
         {
             let ran = store.feed(&["-o", "json", "import", "--strict", &file], stdin);
             assert_eq!((ran.exit, &ran.error()["line"]), (5, &json!(3)), "{short}: {ran:?}");
-            assert!(!store.file.exists(), "{short}: a store was made");
+            assert!(!store.exists(), "{short}: a store was made");
         }
     }
-    let store = Store::new();
+    let store = engine.place();
     let binary = store.feed(&["-o", "json", "import", "-"], b"\xff\xfe\x00\n");
     assert_eq!((binary.exit, &binary.error()["line"]), (5, &json!(1)));
     let fine = format!("{}\n\n{}", good(1), good(2));
@@ -271,16 +274,16 @@ fn a_bad_line_is_named_and_lines_before_it_stay() {
     assert_eq!(ran.json()["applied"], 2);
 }
 
-#[test]
-fn damaged_gzip_is_named_and_lines_before_it_stay() {
+fn damaged_gzip_is_named_and_lines_before_it_stay(engine: Engine) {
     let mut random = Random::announced("gzip");
+    let many = engine.about(4_000);
     let lines: String =
-        (0..4_000).map(|n| line(&format!("s{}", n % 50), n % 60, n * 7_919) + "\n").collect();
+        (0..many as u32).map(|n| line(&format!("s{}", n % 50), n % 60, n * 7_919) + "\n").collect();
     let packed = gzip(lines.as_bytes());
-    let whole = Store::new();
+    let whole = engine.place();
     whole.feed(&["import", "-"], &packed).ok();
     let full = whole.verified();
-    assert_eq!(full["events"], 4_000);
+    assert_eq!(full["events"], many);
     for round in 0..12 {
         let mut damaged = packed.clone();
         if round % 2 == 0 {
@@ -289,7 +292,7 @@ fn damaged_gzip_is_named_and_lines_before_it_stay() {
             let at = 12 + random.below(packed.len() as u64 - 12) as usize;
             damaged[at] ^= 1 << random.below(8);
         }
-        let store = Store::new();
+        let store = engine.place();
         let ran = store.feed(&["-o", "json", "import", "-"], &damaged);
         assert_eq!(ran.exit, 5, "round {round}: {ran:?}");
         let error = ran.error();
@@ -305,15 +308,14 @@ fn damaged_gzip_is_named_and_lines_before_it_stay() {
     // Two members in one file are one log.
     let (a, b) = lines.split_at(lines.find("\n").unwrap() + 1);
     let two = [gzip(a.as_bytes()), gzip(b.as_bytes())].concat();
-    let store = Store::new();
+    let store = engine.place();
     store.feed(&["import", "-"], &two).ok();
     assert_eq!(store.verified()["content_hash"], full["content_hash"]);
 }
 
 /// Two imports of the same log at the same time: every line once.
-#[test]
-fn racing_imports_double_nothing() {
-    let store = Store::made();
+fn racing_imports_double_nothing(engine: Engine) {
+    let store = engine.store();
     let lines: String =
         (0..1_500).map(|n| line(&format!("s{}", n % 20), n / 30, n) + "\n").collect();
     let file = store.write("log.jsonl", lines.as_bytes());
@@ -330,7 +332,68 @@ fn racing_imports_double_nothing() {
     // A line that two of them wrote at the same moment is one event, and both may say that it is there.
     assert!(applied >= 1_500);
     assert_eq!(store.verified()["events"], 1_500);
-    let alone = Store::new();
+    let alone = engine.place();
     alone.run(&["import", &file]).ok();
     assert_eq!(alone.verified()["content_hash"], store.verified()["content_hash"]);
+}
+
+/// The beginning of the real log: as many of its lines as the emulator takes in a few seconds.
+fn beginning_of_the_real_log() -> Option<String> {
+    let mut plain = String::new();
+    GzDecoder::new(std::fs::File::open(incidents()?).unwrap()).read_to_string(&mut plain).unwrap();
+    Some(plain.split_inclusive('\n').take(5_000).collect())
+}
+
+/// One log, two engines: the same bytes out, and the same hash.
+#[test]
+fn a_file_and_the_emulator_hold_the_same() {
+    let (Some(log), Some(emulator)) = (beginning_of_the_real_log(), Engine::emulator()) else {
+        return;
+    };
+    let [in_file, on_emulator] = [Engine::File, emulator].map(|engine| {
+        let store = engine.place();
+        let summary = store.feed(&["-o", "json", "import", "-"], log.as_bytes()).ok().json();
+        assert_eq!(summary["applied"], 5_000, "{engine:?}");
+        let (report, stats) = (store.verified(), store.json(&["stats"]).ok().json());
+        assert_eq!(report["events"], 5_000, "{engine:?}");
+        let exported = store.run(&["export"]).ok().out;
+        assert_eq!(exported.lines().count(), 5_000, "{engine:?}");
+        (report, stats, exported)
+    });
+    assert_eq!(in_file.0, on_emulator.0);
+    assert_eq!(in_file.1, on_emulator.1);
+    assert!(in_file.2 == on_emulator.2, "the exports differ");
+    // And the emulator's own export goes into a file.
+    let copy = Store::new();
+    copy.feed(&["import", "-"], on_emulator.2.as_bytes()).ok();
+    assert_eq!(copy.verified()["content_hash"], in_file.0["content_hash"]);
+}
+
+/// Killed again and again, it ends with the same store as an import that was left alone.
+#[test]
+fn a_killed_import_goes_on_at_the_emulator() {
+    let (Some(log), Some(emulator)) = (beginning_of_the_real_log(), Engine::emulator()) else {
+        return;
+    };
+    let mut random = Random::announced("killed import");
+    let store = emulator.place();
+    let file = store.write("log.jsonl", log.as_bytes());
+    let mut acknowledged = 0;
+    for most in [1, 1_000, 2_000] {
+        let acks = store.killed_after(&["import", "--acks", &file], 1 + random.below(most));
+        acknowledged += acks.len() as u64;
+        let events = store.verified()["events"].as_u64().unwrap();
+        assert!(events >= acknowledged, "{acknowledged} acknowledged, {events} there");
+        assert!(events < 5_000, "it was done before it was killed: the test shows nothing");
+        for ack in acks.iter().rev().take(3) {
+            let address = format!("incidents/{}", ack["state_id"].as_str().unwrap());
+            store.run(&["get", &address, "--at", &format!("v{}", ack["version"])]).ok();
+        }
+    }
+    let summary = store.json(&["import", &file]).ok().json();
+    assert_eq!(summary["lines"], 5_000);
+    assert!(summary["already_there"].as_u64().unwrap() >= acknowledged);
+    let alone = Store::new();
+    alone.run(&["import", &file]).ok();
+    assert_eq!(store.verified()["content_hash"], alone.verified()["content_hash"]);
 }

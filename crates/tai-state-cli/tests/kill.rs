@@ -7,38 +7,18 @@ mod common;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use common::{BINARY, Random, Store, incidents};
+use common::{Random, Store, acknowledgement, incidents, started};
 use serde_json::{Value, json};
-
-/// Reads acknowledgements until the pipe ends. A line that the kill cut off was not acknowledged.
-fn acknowledged(out: impl std::io::Read) -> Vec<Value> {
-    let mut reader = BufReader::new(out);
-    let mut acks = Vec::new();
-    loop {
-        let mut line = String::new();
-        if reader.read_line(&mut line).unwrap() == 0 || !line.ends_with('\n') {
-            return acks;
-        }
-        acks.push(serde_json::from_str(&line).unwrap());
-    }
-}
 
 /// Runs the binary, kills it after `after`, and returns what it had acknowledged.
 fn killed(store: &Store, args: &[&str], after: Duration) -> Vec<Value> {
-    let mut child = Command::new(BINARY)
-        .arg("-u")
-        .arg(&store.file)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let out = child.stdout.take().unwrap();
-    let reader = std::thread::spawn(move || acknowledged(out));
+    let mut child = started(store.command(args));
+    let mut out = BufReader::new(child.stdout.take().unwrap());
+    let read = move || std::iter::from_fn(|| acknowledgement(&mut out)).collect();
+    let reader = std::thread::spawn(read);
     // The moment is the point of the test; there is nothing to wait for.
     let until = Instant::now() + after;
     while Instant::now() < until {
@@ -141,10 +121,8 @@ fn four_processes_lose_no_update() {
         let runs: Vec<_> = (0..PROCESSES)
             .map(|_| {
                 scope.spawn(|| {
-                    let mut child = Command::new(BINARY)
-                        .arg("-u")
-                        .arg(&store.file)
-                        .arg("txn")
+                    let mut child = store
+                        .command(&["txn"])
                         .stdin(Stdio::piped())
                         .stdout(Stdio::piped())
                         .spawn()

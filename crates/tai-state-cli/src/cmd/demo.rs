@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tai_state::{
-    ChangeMetadata, Error, NewTransition, StateMachinePersister, StateStore, StoreOptions,
+    ChangeMetadata, Error, NewTransition, StateMachinePersister, StateStore, StoreUrl,
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use crate::args::{Demo, DemoWriter, Global};
 use crate::failure::{Failure, Outcome, exit, io};
 use crate::output::{self, pretty, time};
+use crate::{connect, emulator_instead_of_google, url};
 
 const GOVERNOR: &str = "orders";
 const STATUSES: [&str; 5] = ["placed", "paid", "packed", "shipped", "delivered"];
@@ -31,30 +32,21 @@ struct Ack {
 }
 
 pub(crate) async fn run(global: &Global, args: &Demo) -> Outcome {
-    let failed = |error: std::io::Error| io("the demo's folder", &error);
-    let temporary = tempfile::tempdir().map_err(failed)?;
-    let folder = match &args.keep {
-        Some(folder) => {
-            std::fs::create_dir_all(folder).map_err(failed)?;
-            folder.as_path()
-        }
-        None => temporary.path(),
+    let temporary = tempfile::tempdir().map_err(|error| io("the demo's folder", &error))?;
+    let is_on_emulator = is_on_emulator(global)?;
+    let there = if is_on_emulator {
+        on_emulator(global, args).await?
+    } else {
+        in_file(global, args.keep.as_deref().unwrap_or(temporary.path()))?
     };
-    let file = folder.join("demo.tai");
-    if file.exists() {
-        return Err(Failure::new(
-            exit::CONFLICT,
-            "exists",
-            format!("{} is there already", file.display()),
-        ));
-    }
+    let place = url(&there)?;
     let say = |text: &str| {
         if global.output == crate::args::Format::Table { output::line(text) } else { Ok(()) }
     };
 
-    say(&format!("1. A child process moves 128 machines with 32 tasks, in {}", file.display()))?;
+    say(&format!("1. A child process moves 128 machines with 32 tasks, in {place}"))?;
     let started = Instant::now();
-    let mut child = spawn(&file)?;
+    let mut child = spawn(&there)?;
     let acked = acknowledged(&mut child, args.kill_after).await?;
     child.kill().await.map_err(|error| io("the writer", &error))?;
     let wrote_for = started.elapsed();
@@ -66,10 +58,7 @@ pub(crate) async fn run(global: &Global, args: &Demo) -> Outcome {
     ))?;
 
     let started = Instant::now();
-    let mut options = StoreOptions::default();
-    options.create = false;
-    options.allow_ephemeral_disk = true;
-    let store = StateStore::open_with(&file, options).await?;
+    let store = connect(&there, false).await?;
     let reopened = started.elapsed();
     let lost = lost(&store, &acked).await?;
     say(&format!(
@@ -103,12 +92,8 @@ pub(crate) async fn run(global: &Global, args: &Demo) -> Outcome {
             .to_string(),
         )?;
     }
-    if let Some(kept) = &args.keep {
-        let url = kept.join("demo.tai");
-        say(&format!(
-            "\nLook around: tai-state -u {} history {GOVERNOR}/{machine}",
-            url.display()
-        ))?;
+    if is_on_emulator || args.keep.is_some() {
+        say(&format!("\nLook around: tai-state -u {place} history {GOVERNOR}/{machine}"))?;
     }
     if lost > 0 || !report.ok {
         return Err(Failure::new(exit::INTEGRITY, "corrupt", "the demo lost something"));
@@ -116,12 +101,59 @@ pub(crate) async fn run(global: &Global, args: &Demo) -> Outcome {
     Ok(())
 }
 
-fn spawn(file: &Path) -> Outcome<Child> {
+/// Whether the URL names an emulator. A database at Google is not for demonstrations.
+fn is_on_emulator(global: &Global) -> Outcome<bool> {
+    let Some(url) = global.url.as_deref().filter(|url| !url.is_empty()) else { return Ok(false) };
+    let url: StoreUrl = url.parse()?;
+    match &url {
+        StoreUrl::FirestoreEmulator { .. } => Ok(true),
+        StoreUrl::Firestore { .. } if emulator_instead_of_google(&url).is_some() => Ok(true),
+        StoreUrl::Firestore { .. } => {
+            Err(Failure::rejected(format!("the demo does not write to {url}: that is Google's"))
+                .hint("give -u firestore+emulator://HOST:PORT/PROJECT, or -u demo.tai"))
+        }
+        _ => Ok(false),
+    }
+}
+
+/// The store at the emulator, where there must be none yet.
+async fn on_emulator(global: &Global, args: &Demo) -> Outcome<Global> {
+    if args.keep.is_some() {
+        return Err(Failure::usage("--keep is for a file; a store on an emulator stays anyway"));
+    }
+    match connect(global, false).await {
+        Ok(store) => {
+            let message = format!("{} is there already", store.location());
+            Err(Failure::new(exit::CONFLICT, "exists", message)
+                .hint("name another project, or a prefix: ?prefix=demo_"))
+        }
+        Err(failure) if failure.exit == exit::NOT_FOUND => Ok(global.clone()),
+        Err(failure) => Err(failure),
+    }
+}
+
+fn in_file(global: &Global, folder: &Path) -> Outcome<Global> {
+    std::fs::create_dir_all(folder).map_err(|error| io("the demo's folder", &error))?;
+    let file = folder.join("demo.tai");
+    if file.exists() {
+        let message = format!("{} is there already", file.display());
+        return Err(Failure::new(exit::CONFLICT, "exists", message));
+    }
+    let url = Some(format!("file:{}", file.display()));
+    Ok(Global { url, allow_ephemeral_disk: true, ..global.clone() })
+}
+
+fn spawn(global: &Global) -> Outcome<Child> {
     let failed = |error: std::io::Error| io("the writer", &error);
-    Command::new(std::env::current_exe().map_err(failed)?)
-        .arg("--url")
-        .arg(file)
-        .args(["--allow-ephemeral-disk", "demo-writer"])
+    let mut writer = Command::new(std::env::current_exe().map_err(failed)?);
+    writer.arg("--url").arg(url(global)?);
+    let allowed = [
+        ("--allow-ephemeral-disk", global.allow_ephemeral_disk),
+        ("--allow-remote-emulator", global.allow_remote_emulator),
+    ];
+    writer.args(allowed.iter().filter(|(_, is_allowed)| *is_allowed).map(|(flag, _)| flag));
+    writer
+        .arg("demo-writer")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .kill_on_drop(true)

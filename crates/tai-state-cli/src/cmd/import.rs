@@ -26,7 +26,7 @@ use crate::{connect, output};
 const QUEUE: usize = 16;
 
 /// Bytes of lines that may be on their way at once; in memory a line takes a few times its text.
-const WAITING_BYTES: u32 = 16 << 20;
+const WAITING_BYTES: u32 = 8 << 20;
 
 /// A line on its way to the store.
 struct Item {

@@ -9,16 +9,28 @@ use crate::{connect, output, url};
 
 pub(crate) async fn run(global: &Global) -> Outcome {
     let parsed: StoreUrl = url(global)?.parse()?;
-    if let StoreUrl::File { path } = &parsed
-        && path.symlink_metadata().is_ok()
-    {
-        let message = format!("{} exists already", path.display());
-        return Err(Failure::new(exit::CONFLICT, "exists", message)
-            .hint("an existing store needs no init; any other file is left alone"));
+    let exists = |what: &dyn std::fmt::Display, hint: &str| {
+        Err(Failure::new(exit::CONFLICT, "exists", format!("{what} exists already")).hint(hint))
+    };
+    match &parsed {
+        StoreUrl::File { path } if path.symlink_metadata().is_ok() => {
+            let hint = "an existing store needs no init; any other file is left alone";
+            return exists(&path.display(), hint);
+        }
+        StoreUrl::Firestore { .. } | StoreUrl::FirestoreEmulator { .. } => {
+            match connect(global, false).await {
+                Ok(store) => return exists(&store.location(), "an existing store needs no init"),
+                Err(failure) if failure.exit == exit::NOT_FOUND => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        _ => {}
     }
     let store = connect(global, true).await?;
     let identity = store.identity();
-    let object = json!({"url": parsed.to_string(), "store": identity.store});
+    let object = json!({
+        "url": parsed.to_string(), "store": identity.store, "location": store.location(),
+    });
     let text = format!("made {} (store {})", store.location(), identity.store);
     output::object(global.output, &object, &text)
 }

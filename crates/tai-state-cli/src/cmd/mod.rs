@@ -2,6 +2,7 @@
 
 pub(crate) mod demo;
 pub(crate) mod export;
+pub(crate) mod firestore;
 pub(crate) mod get;
 pub(crate) mod history;
 pub(crate) mod import;

@@ -1,12 +1,13 @@
-//! Runs the binary and reads what it says.
+//! Runs the binary, on a file or on the emulator, and reads what it says.
 
 #![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::Value;
+use tai_state::testing::emulator::{Emulator, fresh_project};
 
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_tai-state");
 
@@ -38,23 +39,98 @@ impl Ran {
     }
 }
 
-/// A store in a folder of its own.
+/// Runs each test on each engine, under the name `engine::test`.
+#[allow(unused_macros)]
+macro_rules! on_every_engine {
+    ($($test:ident),* $(,)?) => {
+        mod file {
+            $(#[test]
+            fn $test() {
+                super::$test(crate::common::Engine::File);
+            })*
+        }
+        mod emulator {
+            $(#[test]
+            fn $test() {
+                let Some(emulator) = crate::common::Engine::emulator() else { return };
+                super::$test(emulator);
+            })*
+        }
+    };
+}
+
+/// Where the stores of a test are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Engine {
+    /// Each in a file of its own.
+    File,
+    /// Each in a project of its own, on the emulator at this address.
+    Emulator(&'static str),
+}
+
+impl Engine {
+    /// The one emulator of this test program. `None` where there is none: one line has said so.
+    pub(crate) fn emulator() -> Option<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(Emulator::shared()).map(|emulator| Self::Emulator(emulator.address()))
+    }
+
+    /// A place where no store is yet.
+    pub(crate) fn place(self) -> Store {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("store.tai");
+        let url = match self {
+            Self::File => file.display().to_string(),
+            Self::Emulator(address) => {
+                format!("firestore+emulator://{address}/{}", fresh_project())
+            }
+        };
+        Store { folder, file, url }
+    }
+
+    /// An empty store.
+    pub(crate) fn store(self) -> Store {
+        let store = self.place();
+        store.run(&["init"]).ok();
+        store
+    }
+
+    /// So many of something on a file; a tenth on the emulator, where a commit takes ten times as
+    /// long.
+    pub(crate) fn about(self, many: usize) -> usize {
+        match self {
+            Self::File => many,
+            Self::Emulator(_) => many / 10,
+        }
+    }
+}
+
+/// Where a store is or may be, and a folder for the test's own files.
 pub(crate) struct Store {
     pub(crate) folder: tempfile::TempDir,
+    /// The store, where it is a file.
     pub(crate) file: PathBuf,
+    pub(crate) url: String,
 }
 
 impl Store {
+    /// A place in a file, where no store is yet.
     pub(crate) fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("store.tai");
-        Self { folder, file }
+        Engine::File.place()
     }
 
+    /// An empty store in a file.
     pub(crate) fn made() -> Self {
-        let store = Self::new();
-        store.run(&["init"]).ok();
-        store
+        Engine::File.store()
+    }
+
+    /// Whether there is a store. What is no store counts as none on the emulator only: a file that
+    /// was left behind is one too many.
+    pub(crate) fn exists(&self) -> bool {
+        match self.url.starts_with("firestore") {
+            true => self.run(&["stats"]).exit != 3,
+            false => self.file.exists(),
+        }
     }
 
     pub(crate) fn run(&self, args: &[&str]) -> Ran {
@@ -67,9 +143,29 @@ impl Store {
     }
 
     pub(crate) fn feed(&self, args: &[&str], input: &[u8]) -> Ran {
-        let mut command = Command::new(BINARY);
-        command.arg("-u").arg(&self.file).args(args);
-        run(command, input)
+        run(self.command(args), input)
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = tool();
+        command.arg("-u").arg(&self.url).args(args);
+        command
+    }
+
+    /// Starts the binary, kills it when it has acknowledged so many lines, and returns all that it
+    /// had acknowledged by then.
+    pub(crate) fn killed_after(&self, args: &[&str], lines: u64) -> Vec<Value> {
+        let mut child = started(self.command(args));
+        let mut reader = BufReader::new(child.stdout.take().unwrap());
+        let mut acks = Vec::new();
+        while let Some(ack) = acknowledgement(&mut reader) {
+            acks.push(ack);
+            if acks.len() as u64 == lines {
+                child.kill().unwrap();
+            }
+        }
+        child.wait().unwrap();
+        acks
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -89,10 +185,52 @@ impl Store {
     }
 }
 
-pub(crate) fn run(mut command: Command, input: &[u8]) -> Ran {
-    for name in ["TAI_STATE_URL", "TAI_STATE_OUTPUT", "K_SERVICE", "TAI_STATE_ACTOR"] {
+/// A command in an environment that names no store and no emulator, and from which nothing gets off
+/// this machine: no credentials, and nobody to ask for any.
+pub(crate) fn program(name: &str) -> Command {
+    let mut command = Command::new(name);
+    for name in [
+        "TAI_STATE_URL",
+        "TAI_STATE_OUTPUT",
+        "TAI_STATE_ACTOR",
+        "TAI_STATE_ALLOW_EPHEMERAL_DISK",
+        "K_SERVICE",
+        "FIRESTORE_EMULATOR_HOST",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    ] {
         command.env_remove(name);
     }
+    command.env("GCE_METADATA_HOST", "127.0.0.1:1");
+    command.env("HOME", concat!(env!("CARGO_TARGET_TMPDIR"), "/no-home"));
+    command
+}
+
+/// The binary.
+pub(crate) fn tool() -> Command {
+    program(BINARY)
+}
+
+/// A script of the shell `bash`.
+pub(crate) fn bash(script: &str) -> Command {
+    let mut command = program("bash");
+    command.args(["-c", script]);
+    command
+}
+
+/// One line of acknowledgement. A line that a kill cut off was not acknowledged.
+pub(crate) fn acknowledgement(reader: &mut impl BufRead) -> Option<Value> {
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    line.ends_with('\n').then(|| serde_json::from_str(&line).unwrap())
+}
+
+/// Starts it with a pipe from its standard output.
+pub(crate) fn started(mut command: Command) -> Child {
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    command.spawn().unwrap()
+}
+
+pub(crate) fn run(mut command: Command, input: &[u8]) -> Ran {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -121,8 +259,14 @@ pub(crate) fn incidents() -> Option<PathBuf> {
     if path.exists() {
         return Some(path);
     }
-    println!("SKIPPED: {} is not there", path.display());
+    skipped(&format!("tests with the real log: {} is not there", path.display()));
     None
+}
+
+/// Says it past the test runner, which keeps what a test prints as long as it passes.
+pub(crate) fn skipped(what: &str) {
+    let line = format!("\nSKIPPED: {what}\n");
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
 /// SplitMix64, and its seed on the screen.
