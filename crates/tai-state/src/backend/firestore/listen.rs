@@ -181,6 +181,13 @@ struct Picture {
 }
 
 impl Picture {
+    /// What comes now is told from scratch.
+    fn begin(&mut self) {
+        self.seen.clear();
+        self.is_reset = true;
+        self.is_complete = false;
+    }
+
     /// How many documents there are by what was told.
     fn count(&self) -> usize {
         let seen = self.seen.values().filter(|revision| **revision != GONE).count();
@@ -234,8 +241,7 @@ async fn follow(
         Ok(opened) => opened,
         Err(status) => return ended(status),
     };
-    picture.seen.clear();
-    picture.is_reset = true;
+    picture.begin();
     let mut is_current = false;
     loop {
         let answer = tokio::select! {
@@ -320,9 +326,7 @@ fn take(
                     return Err(Status::new(Code::from_i32(cause.code), cause.message));
                 }
                 Ok(TargetChangeType::Reset) => {
-                    picture.seen.clear();
-                    picture.is_reset = true;
-                    picture.is_complete = false;
+                    picture.begin();
                 }
                 Ok(TargetChangeType::Current) => picture.is_complete = true,
                 // With a time and for all targets: what was told so far belongs together.
@@ -348,12 +352,12 @@ fn take(
         }
         // How many documents there are: when that is not what was told, something was missed, and only
         // a new stream says what.
-        Some(ResponseType::Filter(filter)) => {
-            if usize::try_from(filter.count).ok() != Some(picture.count()) {
-                return Err(Status::unavailable("the stream has lost documents"));
-            }
+        Some(ResponseType::Filter(filter))
+            if usize::try_from(filter.count).ok() != Some(picture.count()) =>
+        {
+            return Err(Status::unavailable("the stream has lost documents"));
         }
-        None => {}
+        Some(ResponseType::Filter(_)) | None => {}
     }
     Ok(false)
 }
