@@ -346,16 +346,32 @@ impl StateStore {
         let at = format!(" at {}", format_time(&time));
         let head = known.ok_or_else(|| not_found(&address, at.clone()))?;
         let first = head.head.first_version;
-        // Times never fall with rising versions, so the version is found by halving.
-        let (mut low, mut high) = (first, head.head.version());
-        let mut newest = None;
-        if !self.records.reads_are_cheap() {
-            newest = self.records.reader().newest_until(&address, &time).await?;
-            low = high + 1;
+        let newest = if self.records.reads_are_cheap() {
+            self.newest_by_halving(&address, &head, time).await?
+        } else {
+            self.records.reader().newest_until(&address, &time).await?
+        };
+        match newest {
+            Some(change) if change.deleted => Err(deleted_then(&address, &at)),
+            Some(change) => Ok(StateRecord::new(&change, first)),
+            None if first > 1 => Err(trimmed(&address, &head, &at)),
+            None => Err(not_found(&address, at)),
         }
+    }
+
+    /// The newest change that is not later than a time. Times never fall with rising versions, so it
+    /// is found by halving.
+    async fn newest_by_halving(
+        &self,
+        address: &Address,
+        head: &KnownHead,
+        time: DateTime<Utc>,
+    ) -> Result<Option<Change>> {
+        let (mut low, mut high) = (head.head.first_version, head.head.version());
+        let mut newest = None;
         while low <= high {
             let middle = low + (high - low) / 2;
-            let change = self.change_at(&address, &head, middle).await?;
+            let change = self.change_at(address, head, middle).await?;
             if change.timestamp <= time {
                 low = middle + 1;
                 newest = Some(change);
@@ -363,12 +379,7 @@ impl StateStore {
                 high = middle - 1;
             }
         }
-        match newest {
-            Some(change) if change.deleted => Err(deleted_then(&address, &at)),
-            Some(change) => Ok(StateRecord::new(&change, first)),
-            None if first > 1 => Err(trimmed(&address, &head, &at)),
-            None => Err(not_found(&address, at)),
-        }
+        Ok(newest)
     }
 
     /// The events of a state from one version to another, both included, oldest first.

@@ -42,6 +42,7 @@ const MOST_RECEIVED: usize = 64 << 20;
 /// What may be under way towards us: a page of large documents should not wait for each other.
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
+
 pub(super) type Client = FirestoreClient<Channel>;
 
 /// Where to connect.

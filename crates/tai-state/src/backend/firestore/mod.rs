@@ -64,7 +64,7 @@ const REPEAT_BEFORE: usize = 256 << 10;
 /// The node that changes are counted under, so that clocks do not grow with processes.
 const NODE: &str = "hub";
 /// How long finding credentials may take: where there are none, a metadata server is waited for.
-const CREDENTIALS_WITHIN: Duration = Duration::from_millis(4_500);
+const CREDENTIALS_WITHIN: Duration = Duration::from_secs(4);
 /// How long looking for the store may take. The first call of all that an emulator gets loads its
 /// classes.
 const OPEN_WITHIN: Duration = Duration::from_secs(30);
