@@ -95,7 +95,17 @@ pub(crate) enum Command {
     /// Show figures of the store.
     Stats,
     /// Run transactions, one JSON object a line, one answer a line.
+    ///
+    ///   {"id":"t1","ops":[{"op":"get","state":"g/a"},{"op":"put","state":"g/b","data":{},"expect":3}]}
+    ///
+    /// Operations: get, put, merge (RFC 7396), append (to an array), add (to a number), delete; each may
+    /// have "expect", the version that the state must have (0 = none). All of a line is done or
+    /// nothing. A line without "expect" is run again after a conflict. "id" is its idempotency key in this
+    /// store: sent again, it is answered as before and not applied again. Without an id (or with null)
+    /// nothing is kept. "actor" and "reason" say who and why.
     Txn(Txn),
+    /// Locks with leases and fencing tokens.
+    Locks(Locks),
     /// What a Firestore database needs beside the documents.
     Firestore(Firestore),
     /// The process that `demo` kills.
@@ -192,6 +202,25 @@ pub(crate) struct Put {
     pub(crate) action: String,
     #[command(flatten)]
     pub(crate) why: Why,
+    #[command(flatten)]
+    pub(crate) conditions: Conditions,
+    #[command(flatten)]
+    pub(crate) once: Once,
+}
+
+/// Under which conditions a command writes.
+#[derive(Debug, Args)]
+pub(crate) struct Conditions {
+    /// Only while this grant of a lock stands: its name and fencing token. May be given several times.
+    #[arg(long, value_name = "LOCK=TOKEN", value_parser = fence)]
+    pub(crate) fence: Vec<(String, u64)>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Once {
+    /// Sent again with the same key, the command answers as before and writes nothing.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) idempotency_key: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -203,6 +232,10 @@ pub(crate) struct Rm {
     pub(crate) expect: Option<u64>,
     #[command(flatten)]
     pub(crate) why: Why,
+    #[command(flatten)]
+    pub(crate) conditions: Conditions,
+    #[command(flatten)]
+    pub(crate) once: Once,
 }
 
 #[derive(Debug, Args)]
@@ -243,6 +276,61 @@ pub(crate) struct Txn {
     /// Who makes the changes.
     #[arg(long, default_value = "tai-state", env = "TAI_STATE_ACTOR")]
     pub(crate) actor: String,
+    #[command(flatten)]
+    pub(crate) conditions: Conditions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Locks {
+    /// The governor that the locks belong to.
+    #[arg(long, default_value = tai_state::GLOBAL_GOVERNOR)]
+    pub(crate) governor: String,
+    #[command(subcommand)]
+    pub(crate) command: LocksCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum LocksCommand {
+    /// List all locks that were ever granted, and how they stand.
+    Ls,
+    /// Show one.
+    Show {
+        /// What is locked.
+        name: String,
+    },
+    /// Take a lock away from whoever holds it. Its fenced writes fail from then on; what it does
+    /// elsewhere goes on.
+    Break {
+        /// What is locked.
+        name: String,
+    },
+    /// Mark locks as free whose leases have ended without a release.
+    Cleanup,
+    /// Run a command while holding a lock.
+    ///
+    /// The command finds TAI_LOCK_NAME and TAI_LOCK_TOKEN (the fencing token) in its environment, for
+    /// `put --fence "$TAI_LOCK_NAME=$TAI_LOCK_TOKEN"` and the like. The lease is renewed while it runs.
+    /// When the lock is lost it gets SIGTERM and, two seconds later, SIGKILL, and the exit code is 4.
+    /// Else its own exit code is passed on (128 + the signal that ended it).
+    Run(LocksRun),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LocksRun {
+    /// What is locked.
+    pub(crate) name: String,
+    /// How long the lease lasts without a renewal, such as 30s.
+    #[arg(long, default_value = "30s", value_parser = humantime::parse_duration)]
+    pub(crate) ttl: std::time::Duration,
+    /// How long the lock is waited for, such as 1m; 0s: not at all.
+    #[arg(long, default_value = "1m", value_parser = humantime::parse_duration)]
+    pub(crate) wait: std::time::Duration,
+    /// Who holds it, as others see it; by default the host and the process.
+    #[arg(long)]
+    pub(crate) client: Option<String>,
+    /// The command and its arguments, after `--`.
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<std::ffi::OsString>,
 }
 
 #[derive(Debug, Args)]
@@ -269,4 +357,13 @@ pub(crate) enum FirestoreCommand {
 fn version(text: &str) -> Result<u64, String> {
     let digits = text.strip_prefix('v').unwrap_or(text);
     digits.parse().map_err(|_| format!("{text:?} is not a version such as v42"))
+}
+
+/// `NAME=TOKEN`; the last equals sign divides.
+fn fence(text: &str) -> Result<(String, u64), String> {
+    let parts = text.rsplit_once('=').and_then(|(name, token)| {
+        let token = token.parse().ok().filter(|token| *token > 0)?;
+        (!name.is_empty()).then(|| (name.to_owned(), token))
+    });
+    parts.ok_or_else(|| format!("{text:?} is no lock and token such as migration=7"))
 }

@@ -28,6 +28,8 @@ pub(crate) struct Failure {
     hint: Option<String>,
     detail: Map<String, Value>,
     reader_left: bool,
+    /// Nothing is said: the exit code is that of a command which was run, and which has said it all.
+    quiet: bool,
 }
 
 pub(crate) type Outcome<T = ()> = Result<T, Failure>;
@@ -43,6 +45,7 @@ impl Failure {
             hint: None,
             detail: Map::new(),
             reader_left: false,
+            quiet: false,
         }
     }
 
@@ -81,6 +84,11 @@ impl Failure {
         Self { reader_left: true, ..Self::new(exit::OTHER, "io", message) }
     }
 
+    /// Ends with the exit code of a command that was run.
+    pub(crate) fn passed_on(exit: u8) -> Self {
+        Self { quiet: true, ..Self::new(exit, "other", "the command failed") }
+    }
+
     /// Whether the reader of standard output went away. For a command that only shows things that is
     /// a good end; for one that changes them it is not.
     pub(crate) fn is_reader_left(&self) -> bool {
@@ -108,6 +116,7 @@ impl Failure {
     /// Writes it to standard error.
     pub(crate) fn report(&self, format: Format) {
         match format {
+            _ if self.quiet => {}
             Format::Table => {
                 eprintln!("error: {}", crate::output::visible(&self.message));
                 if let Some(hint) = &self.hint {
@@ -123,7 +132,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let exit = match error.code() {
             "state_not_found" | "history_trimmed" => exit::NOT_FOUND,
-            "version_conflict" | "transaction_failed" => exit::CONFLICT,
+            "version_conflict" | "transaction_failed" | "lock_held" | "lock_lost" => exit::CONFLICT,
             "invalid_state"
             | "serialization_error"
             | "too_large"
@@ -160,6 +169,18 @@ impl From<Error> for Failure {
                 ("expected".to_owned(), json!(expected)),
                 ("actual".to_owned(), json!(actual)),
             ]);
+        }
+        match &error {
+            Error::LockHeld { resource, held_by, fencing_token } => {
+                failure.detail.insert("held_by".into(), json!(held_by));
+                failure.detail.insert("lock".into(), json!(resource));
+                failure.detail.insert("fencing_token".into(), json!(fencing_token));
+            }
+            Error::LockLost { resource, fencing_token, .. } => {
+                failure.detail.insert("lock".into(), json!(resource));
+                failure.detail.insert("fencing_token".into(), json!(fencing_token));
+            }
+            _ => {}
         }
         if let Error::OutcomeUnknown { event_id, version, .. } = &error {
             failure = failure.with("event_id", event_id.as_str()).with("version", *version);

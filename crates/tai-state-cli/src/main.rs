@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use tai_state::{Error, StateStore, StoreOptions, StoreUrl};
 
-use crate::args::{Cli, Command, Format, Global};
+use crate::args::{Cli, Command, Conditions, Format, Global, Once};
 use crate::failure::{Failure, Outcome, exit};
 
 fn main() -> ExitCode {
@@ -66,8 +66,11 @@ async fn run(cli: Cli) -> Outcome {
         Command::Verify => cmd::verify::run(&global, &connect(&global, false).await?).await,
         Command::Stats => cmd::stats::run(&global, &connect(&global, false).await?).await,
         Command::Txn(args) => {
-            let store = connect(&global, false).await?;
+            let store = fenced(connect(&global, false).await?, &args.conditions)?;
             cmd::txn::run(&store, &args).await.map_err(Failure::part_way)
+        }
+        Command::Locks(args) => {
+            cmd::locks::run(&global, &connect(&global, false).await?, &args).await
         }
         Command::Firestore(args) => cmd::firestore::run(&global, &args),
     }
@@ -95,6 +98,21 @@ async fn connect(global: &Global, create: bool) -> Outcome<StateStore> {
         let failure = Failure::from(error);
         if is_missing { failure.with_exit(exit::NOT_FOUND) } else { failure }
     })
+}
+
+/// The store under the conditions that a command was given.
+fn fenced(store: StateStore, conditions: &Conditions) -> Outcome<StateStore> {
+    conditions.fence.iter().try_fold(store, |store, (lock, token)| {
+        Ok(store.fenced_by(tai_state::Fence::new(lock, *token)?))
+    })
+}
+
+/// The store for one write, which is done once if it has a key.
+fn once(store: StateStore, once: &Once) -> Outcome<StateStore> {
+    match &once.idempotency_key {
+        Some(key) => Ok(store.idempotency_key(key)?),
+        None => Ok(store),
+    }
 }
 
 /// Where a store of Google's own is looked for on an emulator, because the environment says so.

@@ -42,6 +42,14 @@ impl Hash {
         &self.0
     }
 
+    /// The hash of the canonical text of a value.
+    pub(crate) fn of(value: &serde_json::Value) -> Self {
+        let mut hasher = Hasher::default();
+        // Taking in bytes does not fail.
+        let _ = crate::json::write_canonical(value, &mut hasher);
+        hasher.finish()
+    }
+
     fn from_hex(text: &str) -> Option<Self> {
         let mut bytes = [0; 32];
         if text.len() != 64 {

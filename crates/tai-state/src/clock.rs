@@ -69,6 +69,67 @@ impl Clock for ManualClock {
     }
 }
 
+/// A moment by a backend's own clock, by which leases are judged. It has nothing to do with wall time,
+/// and only moments of one epoch can be compared: a clock that begins anew begins a new one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Moment {
+    /// Since when the clock counts: a boot of the machine, a service's own time.
+    pub epoch: String,
+    /// Microseconds since then.
+    pub micros: u64,
+}
+
+impl Moment {
+    /// How much later it is than another; `None` for a moment of another epoch.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Option<Duration> {
+        let micros = self.micros.saturating_sub(earlier.micros);
+        (self.epoch == earlier.epoch).then(|| Duration::from_micros(micros))
+    }
+
+    /// The moment so much later.
+    #[must_use]
+    pub fn after(&self, by: Duration) -> Self {
+        let by = u64::try_from(by.as_micros()).unwrap_or(u64::MAX);
+        Self { epoch: self.epoch.clone(), micros: self.micros.saturating_add(by) }
+    }
+}
+
+/// The clock of the machine that all its processes share, and that no setting of the time moves: what
+/// Linux counts since the boot, sleep included. Where it cannot be had, each process has a clock of
+/// its own, whose moments others cannot compare with theirs.
+#[cfg(feature = "embedded")]
+#[derive(Debug)]
+pub(crate) struct MachineClock {
+    epoch: String,
+    #[cfg_attr(target_os = "linux", allow(dead_code))]
+    own: Stopwatch,
+    is_shared: bool,
+}
+
+#[cfg(feature = "embedded")]
+impl MachineClock {
+    pub(crate) fn new() -> Self {
+        let own = Stopwatch::start();
+        #[cfg(target_os = "linux")]
+        if let Ok(boot) = std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+            return Self { epoch: format!("boot-{}", boot.trim()), own, is_shared: true };
+        }
+        Self { epoch: format!("process-{}", random_id()), own, is_shared: false }
+    }
+
+    pub(crate) fn now(&self) -> Moment {
+        #[cfg(target_os = "linux")]
+        if self.is_shared {
+            let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+            let (seconds, nanos) = (time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs());
+            let micros = seconds.saturating_mul(1_000_000).saturating_add(nanos / 1_000);
+            return Moment { epoch: self.epoch.clone(), micros };
+        }
+        Moment { epoch: self.epoch.clone(), micros: self.own.micros() }
+    }
+}
+
 /// The time in whole microseconds, which is what both backends keep.
 /// A leap second, which neither keeps, is the last microsecond before it.
 pub(crate) fn to_micros(time: DateTime<Utc>) -> DateTime<Utc> {
@@ -85,7 +146,6 @@ pub(crate) fn new_event_id() -> Uuid {
 }
 
 /// A random identity.
-#[cfg(any(feature = "embedded", feature = "firestore", feature = "testing"))]
 pub(crate) fn random_id() -> Uuid {
     Uuid::new_v4()
 }
@@ -107,6 +167,10 @@ impl Stopwatch {
 
     pub(crate) fn elapsed(self) -> Duration {
         self.0.elapsed()
+    }
+
+    pub(crate) fn micros(self) -> u64 {
+        u64::try_from(self.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 }
 

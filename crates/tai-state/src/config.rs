@@ -100,17 +100,32 @@ pub struct StoreOptions {
     /// How many bytes of heads a handle may remember, so that a write in the steady state needs
     /// no read before it.
     pub cache_bytes: usize,
+    /// For how long the answer to a command with an idempotency key is kept at least. It answers for as
+    /// long as it is there; [`forget_expired_commands`](crate::TransactionManager::forget_expired_commands)
+    /// removes it, and on Firestore a time-to-live policy can.
+    pub idempotency_ttl: Duration,
     /// For the control of tests: a commit that is refused is taken for a conflict without looking
     /// whether it was our own that had been applied before.
     #[cfg(feature = "testing")]
     #[doc(hidden)]
     pub never_settle: bool,
+    /// For the control of tests: what a transaction only read is not looked at when it commits.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    pub never_check_reads: bool,
 }
 
 impl StoreOptions {
     pub(crate) fn settles(&self) -> bool {
         #[cfg(feature = "testing")]
         return !self.never_settle;
+        #[cfg(not(feature = "testing"))]
+        true
+    }
+
+    pub(crate) fn checks_reads(&self) -> bool {
+        #[cfg(feature = "testing")]
+        return !self.never_check_reads;
         #[cfg(not(feature = "testing"))]
         true
     }
@@ -127,8 +142,11 @@ impl Default for StoreOptions {
             allow_ephemeral_disk: false,
             allow_remote_emulator: false,
             cache_bytes: 16 << 20,
+            idempotency_ttl: Duration::from_secs(24 * 60 * 60),
             #[cfg(feature = "testing")]
             never_settle: false,
+            #[cfg(feature = "testing")]
+            never_check_reads: false,
         }
     }
 }

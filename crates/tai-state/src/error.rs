@@ -84,6 +84,32 @@ pub enum Error {
         source: Box<Error>,
     },
 
+    /// Somebody else holds the lock, and kept it for as long as was waited. Try again later.
+    #[error("the lock {resource} is held by {held_by} (fencing token {fencing_token})")]
+    LockHeld {
+        /// What is locked.
+        resource: String,
+        /// The client that holds it.
+        held_by: String,
+        /// The token of its grant.
+        fencing_token: u64,
+    },
+
+    /// The lock is not held any more with this token: it was released, broken, or its lease ended and
+    /// somebody else got it. Nothing was written under it. Acquire it anew, and look at everything
+    /// again that was decided under it.
+    #[error(
+        "the lock {resource} is not held any more with fencing token {fencing_token}: {reason}"
+    )]
+    LockLost {
+        /// What was locked.
+        resource: String,
+        /// The token of the grant that is over.
+        fencing_token: u64,
+        /// What became of it.
+        reason: String,
+    },
+
     /// The storage service answered with something that a retry may cure.
     #[error("the storage service answered: {message}")]
     Firestore {
@@ -233,6 +259,8 @@ impl Error {
             Self::SerializationError { .. } => "serialization_error",
             Self::Timeout { .. } => "timeout",
             Self::TransactionFailed { .. } => "transaction_failed",
+            Self::LockHeld { .. } => "lock_held",
+            Self::LockLost { .. } => "lock_lost",
             Self::Firestore { .. } => "firestore",
             Self::Corrupt { .. } => "corrupt",
             Self::TooLarge { .. } => "too_large",
@@ -259,6 +287,7 @@ impl Error {
                 | Self::TransactionFailed { .. }
                 | Self::Firestore { .. }
                 | Self::VersionConflict { .. }
+                | Self::LockHeld { .. }
         )
     }
 
@@ -275,7 +304,9 @@ impl Error {
         match self {
             Self::VersionConflict { .. } => Duration::from_millis(10),
             Self::TransactionFailed { .. } => Duration::from_millis(100),
-            Self::Timeout { .. } | Self::Firestore { .. } => Duration::from_millis(500),
+            Self::Timeout { .. } | Self::Firestore { .. } | Self::LockHeld { .. } => {
+                Duration::from_millis(500)
+            }
             _ => Duration::ZERO,
         }
     }
@@ -285,6 +316,10 @@ impl Error {
     pub fn hint(&self) -> Option<&'static str> {
         Some(match self {
             Self::VersionConflict { .. } => "read the state again and decide again",
+            Self::LockHeld { .. } => {
+                "wait longer, or look who holds it with `tai-state locks show`"
+            }
+            Self::LockLost { .. } => "acquire the lock anew and decide again",
             Self::StateNotFound { .. } => "list what exists with `tai-state ls`",
             Self::TooLarge { .. } => "keep large data elsewhere and store a reference to it",
             Self::Corrupt { .. } => {
@@ -316,6 +351,50 @@ impl Error {
 
     pub(crate) fn refused(subject: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::InvalidState { subject: subject.into(), reason: reason.into() }
+    }
+
+    /// The same once more, for another who waited for the same answer; what lies below becomes text.
+    pub(crate) fn again(&self) -> Self {
+        match self {
+            Self::VersionConflict { governor, state, expected, actual } => Self::VersionConflict {
+                governor: governor.clone(),
+                state: state.clone(),
+                expected: *expected,
+                actual: *actual,
+            },
+            Self::InvalidState { subject, reason } => Self::refused(subject, reason),
+            Self::Timeout { operation, after } => {
+                Self::Timeout { operation: operation.clone(), after: *after }
+            }
+            Self::Corrupt { location, reason } => Self::corrupt(location, reason),
+            Self::TooLarge { what, size, limit } => {
+                Self::TooLarge { what: what.clone(), size: *size, limit: *limit }
+            }
+            Self::PermissionDenied { location, reason } => {
+                Self::PermissionDenied { location: location.clone(), reason: reason.clone() }
+            }
+            Self::StorageFull { location } => Self::StorageFull { location: location.clone() },
+            Self::Storage { location, reason } => {
+                Self::Storage { location: location.clone(), reason: reason.clone() }
+            }
+            Self::LockLost { resource, fencing_token, reason } => Self::LockLost {
+                resource: resource.clone(),
+                fencing_token: *fencing_token,
+                reason: reason.clone(),
+            },
+            Self::NotAStore { location, reason } => {
+                Self::NotAStore { location: location.clone(), reason: reason.clone() }
+            }
+            Self::StoreReplaced { location, expected, found } => Self::StoreReplaced {
+                location: location.clone(),
+                expected: expected.clone(),
+                found: found.clone(),
+            },
+            Self::Moved { location, to } => {
+                Self::Moved { location: location.clone(), to: to.clone() }
+            }
+            other => Self::Firestore { message: other.to_string(), source: None },
+        }
     }
 
     pub(crate) fn corrupt(location: impl Into<String>, reason: impl Into<String>) -> Self {

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::chain::Change;
 use crate::clock::new_event_id;
 use crate::clock_vector::VectorClockSnapshot;
+use crate::conditions::Conditions;
 use crate::config::PersistenceConfig;
 use crate::error::{Error, Result};
 use crate::event::Event;
@@ -39,6 +40,7 @@ use crate::transition::{Expect, Head, Request, Wish};
 #[derive(Debug, Clone)]
 pub struct StateMachinePersister {
     records: Arc<Records>,
+    conditions: Conditions,
     config: PersistenceConfig,
 }
 
@@ -131,7 +133,8 @@ impl NewTransition {
 impl StateMachinePersister {
     /// With a configuration of one's own.
     pub fn new(store: impl Into<StateStore>, config: PersistenceConfig) -> Self {
-        Self { records: store.into().records, config }
+        let StateStore { records, conditions } = store.into();
+        Self { records, conditions, config }
     }
 
     /// With [`PersistenceConfig::default`].
@@ -186,7 +189,7 @@ impl StateMachinePersister {
     }
 
     async fn apply(&self, request: &Request) -> Result<Event> {
-        let (change, before) = self.records.apply(request, &self.config).await?;
+        let (change, before) = self.records.apply(request, &self.config, &self.conditions).await?;
         Ok(change.event(before.as_ref().map(|head| &head.change)))
     }
 

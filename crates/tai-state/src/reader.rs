@@ -6,15 +6,15 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::backend::{
-    Alarm, BackendError, Cursor, Document, Key, Kind, Name, Query, Range, Read, Revision, Rung,
-    Scan, refuse_query,
+    Alarm, BackendError, Cursor, Document, Key, Kind, Name, Page, Query, Range, Read, Revision,
+    Rung, Scan, refuse_query,
 };
 use crate::chain::Change;
 use crate::config::RetryPolicy;
 use crate::error::{Error, Result};
 use crate::keys::Address;
 use crate::patience::{self, Deadline};
-use crate::schema;
+use crate::schema::{self, Command};
 use crate::transition::Head;
 
 /// A head as it was read or written, with the revision that guards the next change.
@@ -82,6 +82,16 @@ impl<'a> Reader<'a> {
 
     pub(crate) async fn get(self, keys: &[Key]) -> Result<Vec<Option<Document>>> {
         self.call(|read| read.get(keys)).await
+    }
+
+    /// The answer under an idempotency key.
+    pub(crate) async fn command(self, key: &Key) -> Result<Option<Command>> {
+        let found = self.get(std::slice::from_ref(key)).await?;
+        found.first().and_then(Option::as_ref).map(schema::read_command).transpose()
+    }
+
+    pub(crate) async fn page(self, scan: &Scan) -> Result<Page> {
+        self.call(|read| read.scan(scan)).await
     }
 
     pub(crate) async fn heads(self, addresses: &[Address]) -> Result<Vec<Option<KnownHead>>> {

@@ -8,42 +8,24 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::backend::{Backend, BackendError, Identity, Key, Kind, Name, Precondition, Write};
+use crate::backend::{
+    Backend, BackendError, Identity, Key, Kind, Name, Precondition, Revision, Write,
+};
 use crate::chain::Change;
+use crate::command::Asked;
+use crate::conditions::Conditions;
 use crate::config::{PersistenceConfig, StoreOptions};
 use crate::error::{Error, Result};
 use crate::keys::Address;
+use crate::leases::Locks;
+use crate::lines::{Base, Lines, NewEntry};
 use crate::patience::{self, Deadline, Tries};
+use crate::proposal::{Guard, Proposal};
 use crate::reader::lift;
 pub(crate) use crate::reader::{KnownHead, Reader, View, Watch};
 use crate::remembered::Remembered;
-use crate::schema;
 use crate::settle::{Applied, Refused};
 use crate::transition::{self, Head, Request, Transition};
-
-/// The changes of one state within a commit, and what they were planned on.
-#[derive(Debug)]
-pub(crate) struct Steps {
-    pub(crate) base: Option<KnownHead>,
-    pub(crate) transitions: Vec<Transition>,
-}
-
-/// A state that was read and not written; the commit holds only if it stays as it was.
-#[derive(Debug, Clone)]
-pub(crate) struct Guard {
-    pub(crate) address: Address,
-    pub(crate) seen: Option<KnownHead>,
-}
-
-impl Guard {
-    fn condition(&self) -> (Key, Precondition) {
-        let holds = match &self.seen {
-            Some(known) => Precondition::Revision(known.revision),
-            None => Precondition::Absent,
-        };
-        (self.address.head(), holds)
-    }
-}
 
 /// After so many refusals on an unchanged head the head is not behind, it is wrong.
 const STUCK_AFTER: u32 = 12;
@@ -56,6 +38,8 @@ pub(crate) struct Records {
     pub(crate) node: String,
     pub(crate) options: StoreOptions,
     pub(crate) remembered: Mutex<Remembered>,
+    pub(crate) lines: Arc<Lines>,
+    pub(crate) locks: Locks,
 }
 
 impl Records {
@@ -63,7 +47,8 @@ impl Records {
         let node = options.node.clone().unwrap_or_else(|| backend.identity().node);
         let location = backend.location();
         let remembered = Mutex::new(Remembered::new(options.cache_bytes));
-        Self { backend, location, node, options, remembered }
+        let (lines, locks) = (Arc::default(), Locks::default());
+        Self { backend, location, node, options, remembered, lines, locks }
     }
 
     pub(crate) fn identity(&self) -> Identity {
@@ -225,55 +210,109 @@ impl Records {
         transition::plan(head, request, self.options.clock.now(), &self.node, policy)
     }
 
-    /// Carries out one request: plans it on the newest head that is known, commits it, and plans
-    /// again when the head was not the newest. Returns the change and the one before it.
+    /// Carries out one request: stands in line with the other writers of the state here, plans it on
+    /// the newest head that is known, sends it off, and plans again when the head was not the newest.
+    /// Returns the change and the one before it; with an idempotency key that was answered before, the
+    /// ones of that answer.
     ///
     /// # Errors
     /// [`Error::VersionConflict`] when the expectation does not hold on a head that was just read;
     /// what [`plan`](transition::plan) refuses; [`Error::OutcomeUnknown`] when the answer was lost
-    /// and could not be settled.
+    /// and could not be settled; [`Error::LockLost`].
     pub(crate) async fn apply(
-        &self,
+        self: &Arc<Self>,
         request: &Request,
         policy: &PersistenceConfig,
+        conditions: &Conditions,
+    ) -> Result<(Change, Option<Arc<Head>>)> {
+        let asked = conditions.key.as_ref().map(|key| Asked::new(key, request));
+        if let Some(asked) = asked.as_ref().filter(|_| self.reads_are_cheap())
+            && let Some(answer) = self.answer_to(asked).await?
+        {
+            return Ok(answer);
+        }
+        let applied = self.apply_anew(request, policy, conditions, asked.as_ref()).await;
+        match (applied, asked) {
+            // What stands in the way may be the answer to the same command. What is not known stays so.
+            (Err(error), Some(asked)) if !matches!(error, Error::OutcomeUnknown { .. }) => {
+                match self.answer_to(&asked).await {
+                    Err(other) if other.is_permanent() => Err(other),
+                    answer => answer.ok().flatten().ok_or(error),
+                }
+            }
+            (applied, _) => applied,
+        }
+    }
+
+    async fn apply_anew(
+        self: &Arc<Self>,
+        request: &Request,
+        policy: &PersistenceConfig,
+        conditions: &Conditions,
+        asked: Option<&Asked>,
     ) -> Result<(Change, Option<Arc<Head>>)> {
         let address = &request.address;
         let deadline = self.deadline();
         let guess_absent = request.expect == transition::Expect::Any
             && matches!(request.wish, transition::Wish::Put(_))
             && !self.reads_are_cheap();
-        let mut base = self.recall(address);
+        let line = self.lines.join(address);
+        let mut turn = line.turn().await;
         let mut is_fresh = false;
-        if base.is_none() && !guess_absent {
-            base = self.head_by(address, deadline).await?;
+        let mut base = match line.end() {
+            Some(pending) => Base::Pending(pending),
+            None => Base::Known(self.recall(address)),
+        };
+        if base.head().is_none() && !guess_absent {
+            base = Base::Known(self.head_by(address, deadline).await?);
             is_fresh = true;
         }
-        let (mut races, mut failed) = (0u32, 0u32);
-        let mut lost_on = None;
+        let mut race = Race::default();
+        let mut alone = !conditions.is_empty();
         loop {
-            let before = base.as_ref().map(|known| Arc::clone(&known.head));
+            let before = base.head();
             match self.plan(before.as_deref(), request, policy) {
-                // What was remembered may be old; only a fresh head proves a conflict.
-                Err(Error::VersionConflict { .. } | Error::StateNotFound { .. }) if !is_fresh => {}
+                // What was remembered may be old, and what is under way may fail; only a fresh head
+                // proves a conflict.
+                Err(Error::VersionConflict { .. } | Error::StateNotFound { .. })
+                    if !is_fresh && !deadline.is_over() =>
+                {
+                    if let Base::Pending(pending) = &mut base {
+                        pending.is_durable().await;
+                    }
+                }
                 Err(error) => return Err(error),
                 Ok(transition) => {
                     let change = transition.head.change.clone();
-                    let planned_on = base.as_ref().map(|known| known.revision);
-                    let steps = Steps { base: base.take(), transitions: vec![transition] };
-                    let refused = match self.try_commit(&[steps], &[], deadline).await {
+                    let planned_on = base.revision();
+                    let beside = self.beside(conditions, asked, &change)?;
+                    let entry = NewEntry { steps: vec![transition], beside, alone, deadline };
+                    let receipt = self.submit(&line, base, entry);
+                    // Whoever is next can plan on it while it is under way.
+                    drop(turn.take());
+                    let refused = match receipt.settled().await {
                         Ok(()) => return Ok((change, before)),
                         Err(refused) => refused,
                     };
-                    let mut seen = refused.heads.into_iter();
+                    alone |= refused.alone;
                     match refused.error {
+                        _ if refused.stale => {
+                            if deadline.is_over() {
+                                let operation = format!("changing {address}");
+                                return Err(Error::Timeout { operation, after: deadline.limit() });
+                            }
+                        }
                         // The commit was refused although the plan held: somebody was faster.
                         // Whether that matters, the next plan on the newer head says.
                         error @ Error::VersionConflict { .. } => {
-                            // The same head lost again and again: nobody is faster, the log runs
-                            // ahead of the head.
-                            failed = if lost_on == Some(planned_on) { failed + 1 } else { 1 };
-                            lost_on = Some(planned_on);
-                            if is_fresh && failed >= STUCK_AFTER {
+                            // The answer under the same key may be what was faster.
+                            if let Some(asked) = asked
+                                && let Some(answer) = self.answer_to(asked).await?
+                            {
+                                return Ok(answer);
+                            }
+                            race.lost(planned_on);
+                            if is_fresh && race.failed >= STUCK_AFTER {
                                 return Err(Error::corrupt(
                                     format!("the log of {address}"),
                                     format!("it holds an event beyond the head: {error}"),
@@ -282,69 +321,65 @@ impl Records {
                             if deadline.is_over() {
                                 return Err(error);
                             }
-                            races += 1;
+                            let (races, failed) = (race.races, race.failed);
                             tracing::debug!(%address, races, failed, "lost a race, planning again");
+                            metrics::counter!("tai_state_conflicts_total").increment(1);
                             // One file orders its writers by itself; over a network those who lose
                             // together would meet again.
                             let waits = if self.reads_are_cheap() { failed } else { races };
                             if waits > 1 {
                                 let wait = self.options.retry.backoff(waits - 1);
                                 tokio::time::sleep(wait.min(deadline.left())).await;
-                            } else if let Some(newest) = seen.next() {
+                            } else if let Some(newest) = refused.heads.into_iter().next()
+                                && line.end().is_none()
+                            {
                                 // Seen just now, while looking for what became of the commit.
-                                base = newest;
+                                base = Base::Known(newest);
                                 is_fresh = true;
                                 continue;
                             }
                         }
                         error => return Err(error),
                     }
+                    turn = line.turn().await;
                 }
             }
-            base = self.head_by(address, deadline).await?;
-            is_fresh = true;
+            match line.end() {
+                Some(pending) => {
+                    base = Base::Pending(pending);
+                    is_fresh = false;
+                }
+                None => {
+                    base = Base::Known(self.head_by(address, deadline).await?);
+                    is_fresh = true;
+                }
+            }
         }
     }
 
-    /// Commits the changes of one or more states at once, guarded by what was read. Settles what is
+    /// Commits the changes of one or more states at once, under all the conditions. Settles what is
     /// unclear.
     ///
     /// # Errors
     /// [`Error::VersionConflict`] naming a state that is not as it was planned on; nothing was
     /// written then.
-    pub(crate) async fn commit(
-        &self,
-        groups: &[Steps],
-        guards: &[Guard],
-        deadline: Deadline,
-    ) -> Result<()> {
-        self.try_commit(groups, guards, deadline).await.map_err(|refused| refused.error)
+    pub(crate) async fn commit(&self, proposal: Proposal<'_>, deadline: Deadline) -> Result<()> {
+        let committed = self.try_commit(proposal, deadline).await;
+        committed.map(drop).map_err(|refused| refused.error)
     }
 
-    async fn try_commit(
+    /// As [`commit`](Records::commit); returns the newest heads of the groups as far as they are known.
+    pub(crate) async fn try_commit(
         &self,
-        groups: &[Steps],
-        guards: &[Guard],
+        proposal: Proposal<'_>,
         deadline: Deadline,
-    ) -> Result<(), Refused> {
-        let repeat_before = self.backend.limits().repeat_before;
-        let mut writes = Vec::new();
-        let mut heads = Vec::new();
-        for group in groups {
-            let base = group.base.as_ref().map(|known| (&known.head.change, known.revision));
-            let (logged, head) = schema::writes(&group.transitions, base, repeat_before)?;
-            writes.extend(logged);
-            heads.push(head);
-        }
-        for (key, holds) in guards.iter().map(Guard::condition) {
-            writes.push(Write::check(key, holds));
-        }
-        // Heads last: a reader who sees a head then finds all that the head needs.
-        writes.append(&mut heads);
-        self.check_size(&writes)?;
-
-        let sent = self.send(groups, guards, &writes, deadline).await;
+    ) -> Result<Vec<Option<KnownHead>>, Refused> {
+        self.see_fences(proposal, deadline).await?;
+        let groups = proposal.groups;
+        let writes = proposal.writes(&self.backend.limits())?;
         let first_head = writes.len().saturating_sub(groups.len());
+        let sent = self.send(proposal, writes, deadline).await;
+        let mut newest_heads = Vec::with_capacity(groups.len());
         for (index, group) in groups.iter().enumerate() {
             let Some(newest) = group.transitions.last() else { continue };
             let known = match &sent {
@@ -358,32 +393,26 @@ impl Records {
                 }
             };
             self.remember(&newest.head.change.address, known.as_ref());
+            newest_heads.push(known);
         }
-        sent.map(drop)
-    }
-
-    fn check_size(&self, writes: &[Write]) -> Result<()> {
-        let limits = self.backend.limits();
-        if writes.len() > limits.commit_writes {
-            return Err(Error::TooLarge {
-                what: "the number of documents in one commit".into(),
-                size: writes.len() as u64,
-                limit: limits.commit_writes as u64,
-            });
-        }
-        let size = writes.iter().map(write_bytes).sum();
-        if size > limits.commit_bytes {
-            let what = "the commit".to_owned();
-            return Err(Error::TooLarge { what, size, limit: limits.commit_bytes });
-        }
-        Ok(())
+        sent.map(|_| newest_heads)
     }
 }
 
-fn write_bytes(write: &Write) -> u64 {
-    match &write.operation {
-        crate::backend::Operation::Put(body) => body.as_text().len() as u64,
-        _ => 0,
+/// How often a change has lost against others.
+#[derive(Debug, Default)]
+struct Race {
+    races: u32,
+    /// On one and the same head: then nobody is faster, the log runs ahead of the head.
+    failed: u32,
+    lost_on: Option<Option<Revision>>,
+}
+
+impl Race {
+    fn lost(&mut self, on: Option<Revision>) {
+        self.races += 1;
+        self.failed = if self.lost_on == Some(on) { self.failed + 1 } else { 1 };
+        self.lost_on = Some(on);
     }
 }
 

@@ -65,7 +65,7 @@ impl Remembered {
 }
 
 /// About how many bytes a value takes in memory.
-fn rough_size(value: &serde_json::Value) -> usize {
+pub(crate) fn rough_size(value: &serde_json::Value) -> usize {
     use serde_json::Value;
     match value {
         Value::Null | Value::Bool(_) | Value::Number(_) => 32,
@@ -83,6 +83,7 @@ mod tests {
 
     use super::*;
     use crate::backend::memory::MemoryBackend;
+    use crate::conditions::Conditions;
     use crate::config::{PersistenceConfig, StoreOptions};
     use crate::records::Records;
     use crate::transition::tests::request;
@@ -92,17 +93,20 @@ mod tests {
     #[tokio::test]
     async fn the_cache_stays_within_its_bytes() {
         let options = StoreOptions { cache_bytes: 40_000, ..StoreOptions::default() };
-        let records = Records::new(Arc::new(MemoryBackend::new()), options);
+        let records = Arc::new(Records::new(Arc::new(MemoryBackend::new()), options));
         for n in 0..500 {
             let mut put = request(Wish::Put(json!({"n": n})), Expect::Any);
             put.address = Address::new("gov", &format!("s{n}")).unwrap();
-            records.apply(&put, &PersistenceConfig::default()).await.unwrap();
+            records
+                .apply(&put, &PersistenceConfig::default(), &Conditions::default())
+                .await
+                .unwrap();
             assert!(records.cache_bytes() <= 40_000);
         }
         assert!(records.cache_bytes() > 20_000);
         let mut large = request(Wish::Put(json!("x".repeat(100_000))), Expect::Any);
         large.address = Address::new("gov", "large").unwrap();
-        records.apply(&large, &PersistenceConfig::default()).await.unwrap();
+        records.apply(&large, &PersistenceConfig::default(), &Conditions::default()).await.unwrap();
         assert!(records.cache_bytes() <= 40_000, "a large state pushed out all others");
     }
 }

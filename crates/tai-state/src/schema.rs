@@ -3,6 +3,8 @@
 //! Heads, events and saved snapshots all hold one whole change and its hash, so each proves itself.
 //! See `docs/data-model.md`.
 
+mod beside;
+
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
@@ -17,6 +19,8 @@ use crate::error::{Error, Result};
 use crate::keys::Address;
 use crate::state::ChangeMetadata;
 use crate::transition::{Head, Transition};
+
+pub(crate) use beside::{Answered, Command, command_body, lease_body, read_command, read_lease};
 
 /// Whether the field of this name, at the top of a body, holds a time: a backend that has a type for
 /// times may keep it so.
@@ -247,10 +251,11 @@ fn body<T: Serialize>(change: &Change, out: &T) -> Result<Body> {
         .map_err(|source| Error::SerializationError { subject: change.address.to_string(), source })
 }
 
-const LAST_TIME: DateTime<Utc> = match DateTime::from_timestamp(253_402_300_799, 999_999_999) {
-    Some(time) => time,
-    None => DateTime::<Utc>::MAX_UTC,
-};
+pub(crate) const LAST_TIME: DateTime<Utc> =
+    match DateTime::from_timestamp(253_402_300_799, 999_999_999) {
+        Some(time) => time,
+        None => DateTime::<Utc>::MAX_UTC,
+    };
 
 /// The newest change of a state that is not later than a time: times never fall with rising versions,
 /// and of equal times the last version comes first.
@@ -303,14 +308,16 @@ fn read(document: &Document) -> Result<ChangeIn> {
     let read: ChangeIn = document.body.parse().map_err(|source| {
         Error::corrupt(document.key.to_string(), format!("its body cannot be read: {source}"))
     })?;
-    if read.format > FORMAT {
-        return Err(Error::NewerFormat {
-            location: document.key.to_string(),
-            found: read.format,
-            supported: FORMAT,
-        });
-    }
+    refuse_newer(document, read.format)?;
     Ok(read)
+}
+
+fn refuse_newer(document: &Document, found: u64) -> Result<()> {
+    if found <= FORMAT {
+        return Ok(());
+    }
+    let location = document.key.to_string();
+    Err(Error::NewerFormat { location, found, supported: FORMAT })
 }
 
 fn change(address: &Address, document: &Document, read: ChangeIn) -> Result<Change> {

@@ -1,29 +1,31 @@
 //! Sends a commit until its outcome is known, and finds out what became of one that was not answered.
 //!
 //! A commit that was refused, or whose answer was lost, is never reported from the refusal alone: the
-//! event at that version is read, and if it is ours, the change was applied.
+//! event at that version is read, and if it is ours, the change was applied. The answer to a command
+//! serves where there is no event.
 
-use crate::backend::{BackendError, Key, Revision, Write};
+use crate::backend::{BackendError, Document, Key, Precondition, Revision, Write};
 use crate::chain::Change;
 use crate::error::{Error, Result};
+use crate::lease::Lease;
 use crate::patience::{Deadline, Tries};
+use crate::proposal::{Proposal, Steps};
 use crate::reader::{KnownHead, known, lift};
-use crate::records::{Guard, Records, Steps, version_conflict};
+use crate::records::{Records, version_conflict};
 use crate::schema;
 
 impl Records {
     /// Sends one list of writes until its outcome is known.
     pub(crate) async fn send(
         &self,
-        groups: &[Steps],
-        guards: &[Guard],
-        writes: &[Write],
+        proposal: Proposal<'_>,
+        mut writes: Vec<Write>,
         deadline: Deadline,
     ) -> Result<Applied, Refused> {
         let mut tries = Tries::new(&self.options.retry, deadline);
         let mut unclear = false;
         loop {
-            let error = match tries.once(self.backend.commit(writes.to_vec())).await {
+            let error = match tries.once(self.backend.commit(writes.clone())).await {
                 Some(Ok(committed)) => return Ok(Applied::Answered(committed.revisions)),
                 Some(Err(error)) => error,
                 None => BackendError::Indeterminate("no answer before the deadline".into()),
@@ -31,24 +33,35 @@ impl Records {
             let was_asked_to_wait = matches!(error, BackendError::Throttled(_));
             let source = match error {
                 BackendError::Conflict if !self.options.settles() => {
-                    return Err(overtaken_by_nobody(groups).into());
+                    return Err(overtaken_by_nobody(proposal.groups).into());
                 }
                 BackendError::Conflict => {
-                    match self.settle(groups, guards, deadline.for_a_last_look()).await {
+                    match self.settle(proposal, &writes, deadline.for_a_last_look()).await {
                         Ok(Settled::Applied(heads)) => return Ok(Applied::Settled(heads)),
                         Ok(Settled::Overtaken(refused)) => return Err(refused),
+                        // With the revisions of before it can never be applied any more.
+                        Ok(Settled::Renewed) => {
+                            unclear = false;
+                            for check in proposal.fence_checks() {
+                                if let Some(old) = writes.iter_mut().find(|w| w.key == check.key) {
+                                    *old = check;
+                                }
+                            }
+                            overtaken_by_nobody(proposal.groups)
+                        }
                         // What stands in the way cannot be seen yet. It may be our own commit, so this
                         // is no conflict: the same is sent again until it is seen.
                         Ok(Settled::AsPlanned) => {
                             unclear = true;
-                            overtaken_by_nobody(groups)
+                            overtaken_by_nobody(proposal.groups)
                         }
                         Ok(Settled::Trimmed) => {
-                            return Err(outcome_unknown(groups, overtaken_by_nobody(groups)).into());
+                            let reason = overtaken_by_nobody(proposal.groups);
+                            return Err(outcome_unknown(proposal.groups, reason).into());
                         }
                         // A commit can be delivered twice: the refusal may be of our own second one.
                         Err(error) if unclear || error.is_transient() => {
-                            return Err(outcome_unknown(groups, error).into());
+                            return Err(outcome_unknown(proposal.groups, error).into());
                         }
                         Err(error) => return Err(error.into()),
                     }
@@ -61,7 +74,8 @@ impl Records {
                     lift(error, &self.location)
                 }
                 error if unclear => {
-                    return Err(outcome_unknown(groups, lift(error, &self.location)).into());
+                    let error = lift(error, &self.location);
+                    return Err(outcome_unknown(proposal.groups, error).into());
                 }
                 error => return Err(lift(error, &self.location).into()),
             };
@@ -74,41 +88,44 @@ impl Records {
                 return Err(source.into());
             }
             // The last resort: whoever stands at that version now has settled it.
-            return match self.settle(groups, guards, deadline.for_a_last_look()).await {
+            return match self.settle(proposal, &writes, deadline.for_a_last_look()).await {
                 Ok(Settled::Applied(heads)) => Ok(Applied::Settled(heads)),
                 Ok(Settled::Overtaken(refused)) => Err(refused),
+                Ok(Settled::Renewed) => Err(source.into()),
                 Ok(Settled::AsPlanned | Settled::Trimmed) | Err(_) => {
-                    Err(outcome_unknown(groups, source).into())
+                    Err(outcome_unknown(proposal.groups, source).into())
                 }
             };
         }
     }
 
-    /// Finds out what became of a commit, by looking for its events. One read for all.
+    /// Finds out what became of a commit, by looking for its events and its answer. One read for all.
     async fn settle(
         &self,
-        groups: &[Steps],
-        guards: &[Guard],
+        proposal: Proposal<'_>,
+        sent: &[Write],
         deadline: Deadline,
     ) -> Result<Settled> {
+        let Proposal { groups, guards, beside } = proposal;
         let firsts: Vec<(&Change, Option<Revision>)> = groups
             .iter()
             .filter_map(|group| {
-                let first = &group.transitions.first()?.head.change;
-                Some((first, group.base.as_ref().map(|known| known.revision)))
+                Some((group.first()?, group.base.as_ref().map(|known| known.revision)))
             })
             .collect();
         // What only guards comes first: where a read of several documents may be torn, a guard must not
         // be newer than what says that our own commit is not there. And the head before its event: see
         // `backend::Read::get`.
         let mut keys: Vec<Key> = guards.iter().map(|guard| guard.address.head()).collect();
+        keys.extend(beside.fences.iter().map(|token| token.key.clone()));
         for (change, _) in &firsts {
             keys.extend([change.address.head(), change.address.event(change.version)]);
         }
+        keys.extend(beside.command.iter().map(|command| command.key.clone()));
         let mut found = self.reader_within(deadline.left()).get(&keys).await?.into_iter();
         let mut next = || found.next().flatten();
         let (mut conflict, mut heads) = (None, Vec::new());
-        let (mut ours, mut trimmed) = (false, false);
+        let (mut ours, mut trimmed, mut renewed) = (false, false, false);
         for guard in guards {
             let head = next().map(|document| known(&guard.address, &document)).transpose()?;
             let seen = guard.seen.as_ref();
@@ -116,6 +133,19 @@ impl Records {
                 let version = |known: Option<&KnownHead>| known.map_or(0, |k| k.head.version());
                 let (expected, actual) = (version(seen), version(head.as_ref()));
                 conflict.get_or_insert_with(|| version_conflict(&guard.address, expected, actual));
+            }
+        }
+        for token in &beside.fences {
+            match stands(next().as_ref(), &token.key, token.fencing_token) {
+                Ok(revision) => {
+                    // Others see the renewals of the same grant too: what counts is what was sent.
+                    let now = Precondition::Revision(revision);
+                    let check = sent.iter().find(|write| write.key == token.key);
+                    renewed |= check.is_some_and(|check| check.precondition != now);
+                    token.see(revision);
+                }
+                // What is decided under a lost lock counts for nothing, whatever else is true.
+                Err(error) => conflict = Some(error),
             }
         }
         for (change, seen) in &firsts {
@@ -138,6 +168,15 @@ impl Records {
             }
             heads.push(head);
         }
+        if let (Some(ask), Some(document)) = (&beside.command, next()) {
+            let there = schema::read_command(&document)?;
+            if there.id == ask.command.id {
+                ours = true;
+            } else {
+                // Somebody was faster with the same key. Who tries again finds the answer.
+                conflict.get_or_insert_with(|| answered_meanwhile(&ask.key));
+            }
+        }
         if ours {
             return Ok(Settled::Applied(heads));
         }
@@ -145,10 +184,46 @@ impl Records {
             return Ok(Settled::Trimmed);
         }
         Ok(match conflict {
-            Some(error) => Settled::Overtaken(Refused { error, heads }),
+            Some(error) => Settled::Overtaken(Refused { heads, ..Refused::from(error) }),
+            None if renewed => Settled::Renewed,
             None => Settled::AsPlanned,
         })
     }
+
+    /// Makes sure that each of the grants was seen to stand, so that a commit can check it.
+    pub(crate) async fn see_fences(
+        &self,
+        proposal: Proposal<'_>,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let mut unseen = Vec::new();
+        for token in &proposal.beside.fences {
+            if token.store.as_ref().is_some_and(|store| *store != self.identity().store) {
+                let subject = format!("a write fenced by the lock {}", token.key.name.id());
+                return Err(Error::refused(subject, "that is a lock of another store"));
+            }
+            if token.seen().is_none() {
+                unseen.push(token);
+            }
+        }
+        if unseen.is_empty() {
+            return Ok(());
+        }
+        let keys: Vec<Key> = unseen.iter().map(|token| token.key.clone()).collect();
+        let found = self.reader_within(deadline.left()).get(&keys).await?;
+        for (token, document) in unseen.into_iter().zip(&found) {
+            token.see(stands(document.as_ref(), &token.key, token.fencing_token)?);
+        }
+        Ok(())
+    }
+}
+
+/// The revision at which a grant stands.
+fn stands(document: Option<&Document>, key: &Key, fencing_token: u64) -> Result<Revision> {
+    let lease = document.map(schema::read_lease).transpose()?;
+    Lease::check(lease.as_ref(), &key.name.id(), fencing_token)?;
+    // Without a document the check has failed.
+    Ok(document.map_or(Revision::new(0), |document| document.revision))
 }
 
 /// How it is known that a commit was applied.
@@ -165,6 +240,8 @@ enum Settled {
     Applied(Vec<Option<KnownHead>>),
     /// It can never be applied any more, since what it was planned on has changed.
     Overtaken(Refused),
+    /// Nothing has changed but a lease that was renewed; it can be sent with that.
+    Renewed,
     /// Nothing has changed; it may still be on its way.
     AsPlanned,
     /// What would tell was cleaned up.
@@ -172,39 +249,57 @@ enum Settled {
 }
 
 /// Why a commit was not applied, and the newest heads of its groups as far as they were seen.
+#[derive(Debug)]
 pub(crate) struct Refused {
     pub(crate) error: Error,
     pub(crate) heads: Vec<Option<KnownHead>>,
+    /// It was not sent, because what it was planned on will not be; that says nothing about it.
+    pub(crate) stale: bool,
+    /// It shared its commit with others, and must not do so again.
+    pub(crate) alone: bool,
 }
 
 impl From<Error> for Refused {
     fn from(error: Error) -> Self {
-        Self { error, heads: Vec::new() }
+        Self { error, heads: Vec::new(), stale: false, alone: false }
+    }
+}
+
+/// The conflict of those who were faster with the same idempotency key.
+fn answered_meanwhile(key: &Key) -> Error {
+    Error::VersionConflict {
+        governor: key.governor.id(),
+        state: format!("{} (idempotency key)", key.name.id()),
+        expected: 0,
+        actual: 1,
     }
 }
 
 fn overtaken_by_nobody(groups: &[Steps]) -> Error {
-    match groups.first().and_then(|group| group.transitions.first()) {
-        Some(first) => {
-            let change = &first.head.change;
-            version_conflict(&change.address, change.version - 1, change.version - 1)
-        }
-        None => Error::refused("a commit", "it changes nothing"),
+    match groups.first().and_then(Steps::first) {
+        Some(change) => version_conflict(&change.address, change.version - 1, change.version - 1),
+        None => Error::Firestore {
+            message: "the commit was refused, and nothing is seen that stands in its way".into(),
+            source: None,
+        },
     }
 }
 
-fn outcome_unknown(groups: &[Steps], source: Error) -> Error {
-    match groups.first().and_then(|group| group.transitions.first()) {
-        Some(first) => {
-            let change = &first.head.change;
-            Error::OutcomeUnknown {
-                governor: change.address.governor.id(),
-                state: change.address.state.id(),
-                version: change.version,
-                event_id: change.id.clone(),
-                source: Some(Box::new(source)),
-            }
-        }
+pub(crate) fn outcome_unknown(groups: &[Steps], source: Error) -> Error {
+    match groups.first().and_then(Steps::first) {
+        Some(change) => unknown(change, source),
+        // It changes no state.
         None => source,
+    }
+}
+
+/// That it is not known what became of a change.
+pub(crate) fn unknown(change: &Change, source: Error) -> Error {
+    Error::OutcomeUnknown {
+        governor: change.address.governor.id(),
+        state: change.address.state.id(),
+        version: change.version,
+        event_id: change.id.clone(),
+        source: Some(Box::new(source)),
     }
 }

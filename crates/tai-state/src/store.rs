@@ -11,9 +11,11 @@ use crate::backend::{Backend, Identity, Kind};
 use crate::chain::{Change, Hash};
 use crate::clock::new_event_id;
 use crate::clock_vector::VectorClockSnapshot;
+use crate::conditions::{CommandKey, Conditions};
 use crate::config::StoreOptions;
 use crate::error::{Error, Result};
 use crate::event::Event;
+use crate::fence::Fence;
 use crate::id::{GovernorId, StateId};
 use crate::json::refuse_deep;
 use crate::keys::{Address, Name};
@@ -43,6 +45,7 @@ use crate::url::StoreUrl;
 #[derive(Debug, Clone)]
 pub struct StateStore {
     pub(crate) records: Arc<Records>,
+    pub(crate) conditions: Conditions,
 }
 
 impl From<&StateStore> for StateStore {
@@ -251,7 +254,8 @@ impl StateStore {
     /// A store on a backend of one's own.
     #[must_use]
     pub fn with_backend(backend: Arc<dyn Backend>, options: StoreOptions) -> Self {
-        Self { records: Arc::new(Records::new(backend, options)) }
+        let records = Arc::new(Records::new(backend, options));
+        Self { records, conditions: Conditions::default() }
     }
 
     /// Which store this is.
@@ -264,6 +268,62 @@ impl StateStore {
     #[must_use]
     pub fn location(&self) -> &str {
         self.records.location()
+    }
+
+    /// A handle whose every commit, by whatever way, also checks that this grant of a lock is still
+    /// the newest one: the write of a holder that was paused for longer than its lease fails with
+    /// [`Error::LockLost`], and nothing of it is written. Costs one check in the commit (on Firestore one
+    /// billed write). What a holder does outside of the store is not protected.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> tai_state::Result<()> {
+    /// # use std::time::Duration;
+    /// # use serde_json::json;
+    /// # use tai_state::*;
+    /// # let store = StateStore::in_memory();
+    /// # let why = || ChangeMetadata::new("docs", "example", None);
+    /// let manager = TransactionManager::new(&store);
+    /// let lock = manager.acquire_lock("migration", "worker-1", Duration::from_secs(30)).await?;
+    /// let fenced = store.fenced_by(&lock);
+    /// let step = StateSnapshot::new("migration".into(), json!({"step": 1}), why());
+    /// fenced.save_state("ops", "migration", step.clone(), why()).await?;
+    /// lock.release().await?;
+    /// let late = fenced.save_state("ops", "migration", step, why()).await;
+    /// assert!(matches!(late, Err(Error::LockLost { .. })));
+    /// # Ok(()) }
+    /// ```
+    #[must_use]
+    pub fn fenced_by(&self, fence: impl Into<Fence>) -> Self {
+        let conditions = self.conditions.fenced_by(fence.into());
+        Self { records: Arc::clone(&self.records), conditions }
+    }
+
+    /// A handle for one write under an idempotency key: whoever sends the same write with the same key
+    /// again gets the first answer, and nothing is written. The answer is kept in the commit of the
+    /// write, for [`StoreOptions::idempotency_ttl`] at least, and answers for as long as it is there. Keys
+    /// are of the whole store. For transactions see
+    /// [`Transaction::idempotency_key`](crate::Transaction::idempotency_key).
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] or [`Error::TooLarge`] for an impossible key. Another write under a key
+    /// that was used is [`Error::InvalidState`].
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> tai_state::Result<()> {
+    /// # use serde_json::json;
+    /// # use tai_state::*;
+    /// # let store = StateStore::in_memory();
+    /// # let why = || ChangeMetadata::new("docs", "example", None);
+    /// let order = StateSnapshot::new("order-1".into(), json!({"status": "new"}), why());
+    /// let once = store.idempotency_key("request-0815")?;
+    /// assert_eq!(once.save_state("shop", "order-1", order.clone(), why()).await?, 1);
+    /// assert_eq!(once.save_state("shop", "order-1", order, why()).await?, 1);
+    /// # Ok(()) }
+    /// ```
+    pub fn idempotency_key(&self, key: impl AsRef<str>) -> Result<Self> {
+        let mut conditions = self.conditions.clone();
+        conditions.key = Some(CommandKey::new(key.as_ref())?);
+        Ok(Self { records: Arc::clone(&self.records), conditions })
     }
 
     /// Creates a state or overwrites it, whatever its version; returns the new version. The address
@@ -360,7 +420,7 @@ impl StateStore {
 
     async fn apply(&self, request: &Request) -> Result<u64> {
         let policy = &self.records.options().persistence;
-        Ok(self.records.apply(request, policy).await?.0.version)
+        Ok(self.records.apply(request, policy, &self.conditions).await?.0.version)
     }
 
     /// Those of the states that exist, in the order asked, from one consistent cut.

@@ -1,4 +1,4 @@
-//! [`TransactionManager`]: several states read and written as one.
+//! [`Transaction`]: several states read and written as one.
 //!
 //! A transaction reads through one consistent cut and keeps its writes to itself until the end;
 //! then everything is committed at once, under the condition that nothing it read has changed in
@@ -7,27 +7,31 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::sync::Mutex;
 
+use crate::chain::Hash;
 use crate::clock::new_event_id;
+use crate::command::Asked;
+use crate::conditions::CommandKey;
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::json::{MAX_DEPTH, depth_exceeds, too_deep};
 use crate::keys::Address;
+use crate::lines::{Base, Pending};
+use crate::manager::gone;
 use crate::patience::Deadline;
-use crate::records::{Guard, KnownHead, Records, Steps, View};
+use crate::proposal::NewCommand;
+use crate::records::{KnownHead, Records, View};
+use crate::schema::Answered;
 use crate::state::{ChangeMetadata, StateSnapshot};
-use crate::store::{self, StateStore, not_found};
+use crate::store::{self, not_found};
+use crate::transaction_log::TouchedState;
 use crate::transition::{Expect, Head, Request, Transition as Step};
 
 /// The key of a change's context under which the transaction's id stands.
 pub const TRANSACTION_CONTEXT: &str = "transaction";
-
-/// Runs transactions on a store.
-#[derive(Debug, Clone)]
-pub struct TransactionManager {
-    records: Arc<Records>,
-}
 
 /// What a transaction's closure works on: the store's verbs, with all reads from one cut and all
 /// writes held back until the commit. A cheap handle; clones are the same transaction.
@@ -41,185 +45,125 @@ pub struct Transaction {
 
 /// What was read and is to be written so far.
 #[derive(Debug, Default)]
-struct Work {
+pub(crate) struct Work {
     view: Option<View>,
-    states: BTreeMap<Address, Touched>,
+    pub(crate) states: BTreeMap<Address, Touched>,
+    command: Option<(Asked, Progress)>,
+    /// What was read has changed under the transaction: whatever its closure says does not count.
+    pub(crate) spoiled: Option<Error>,
     over: bool,
 }
 
-#[derive(Debug, Default)]
-struct Touched {
-    base: Option<KnownHead>,
-    steps: Vec<Step>,
+/// How far a command has come.
+#[derive(Debug)]
+enum Progress {
+    /// It was answered before this transaction.
+    Answered,
+    /// This transaction answers it, with this.
+    Running(Value),
+}
+
+#[derive(Debug)]
+pub(crate) struct Touched {
+    pub(crate) seen: Seen,
+    pub(crate) steps: Vec<Step>,
+}
+
+/// What was seen of a state.
+#[derive(Debug)]
+pub(crate) enum Seen {
+    /// Its head, or none, in the transaction's cut.
+    Known(Option<KnownHead>),
+    /// The end of the line of its writers here: as long as the transaction touches this state alone.
+    Pending(Pending),
+}
+
+impl From<Seen> for Base {
+    fn from(seen: Seen) -> Self {
+        match seen {
+            Seen::Known(known) => Self::Known(known),
+            Seen::Pending(pending) => Self::Pending(pending),
+        }
+    }
 }
 
 impl Touched {
     fn head(&self) -> Option<&Head> {
-        match self.steps.last() {
-            Some(step) => Some(&step.head),
-            None => self.base.as_ref().map(|known| known.head.as_ref()),
+        match (self.steps.last(), &self.seen) {
+            (Some(step), _) => Some(&step.head),
+            (None, Seen::Known(known)) => known.as_ref().map(|known| known.head.as_ref()),
+            (None, Seen::Pending(pending)) => Some(&pending.head),
         }
     }
 }
 
-/// What a transaction gave, and how often it was tried.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Completed<T> {
-    /// What the closure returned.
-    pub value: T,
-    /// How often the closure ran; 1 when nobody was faster.
-    pub attempts: u32,
-}
-
-impl TransactionManager {
-    /// On this store.
-    pub fn new(store: impl Into<StateStore>) -> Self {
-        Self { records: store.into().records }
-    }
-
-    /// Runs a closure as one transaction. It may run more than once: when a state that it read
-    /// changed before the commit, it runs again on a fresh cut. An error of its own ends
-    /// the transaction with nothing written.
-    ///
-    /// `governor` names the transaction in logs; the closure may use any governor.
+impl Work {
+    /// Makes sure that all that was seen is durable.
     ///
     /// # Errors
-    /// The closure's own; [`Error::TransactionFailed`] after the last attempt, with the conflict as
-    /// source; [`Error::OutcomeUnknown`] when the answer was lost and could not be settled.
-    ///
-    /// ```
-    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> tai_state::Result<()> {
-    /// # use serde_json::json;
-    /// # use tai_state::*;
-    /// # let store = StateStore::in_memory();
-    /// # let why = ChangeMetadata::new("docs", "example", None);
-    /// # for id in ["a", "b"] {
-    /// #   let account = StateSnapshot::new(id.into(), json!({"balance": 100}), why.clone());
-    /// #   store.save_state("bank", id, account, why.clone()).await?;
-    /// # }
-    /// let manager = TransactionManager::new(store.clone());
-    /// manager.execute_transaction("bank", |tx| { let why = why.clone(); async move {
-    ///     let (mut a, version_a) = tx.get_state("bank", "a").await?;
-    ///     let (mut b, version_b) = tx.get_state("bank", "b").await?;
-    ///     a.data["balance"] = json!(a.data["balance"].as_i64().unwrap_or(0) - 30);
-    ///     b.data["balance"] = json!(b.data["balance"].as_i64().unwrap_or(0) + 30);
-    ///     tx.update_state("bank", "a", a, version_a, why.clone()).await?;
-    ///     tx.update_state("bank", "b", b, version_b, why).await?;
-    ///     Ok(())
-    /// }}).await?;
-    /// assert_eq!(store.get_state("bank", "b").await?.0.data["balance"], 130);
-    /// # Ok(()) }
-    /// ```
-    pub async fn execute_transaction<T, F, Fut>(
-        &self,
-        governor: impl AsRef<str>,
-        body: F,
-    ) -> Result<T>
-    where
-        F: FnMut(Transaction) -> Fut,
-        Fut: Future<Output = Result<T>>,
-    {
-        let completed = self.run(body).await?;
-        tracing::debug!(
-            governor = governor.as_ref(),
-            attempts = completed.attempts,
-            "transaction committed"
-        );
-        Ok(completed.value)
-    }
-
-    /// As [`execute_transaction`](TransactionManager::execute_transaction), and says how often it
-    /// was tried.
-    ///
-    /// # Errors
-    /// As [`execute_transaction`](TransactionManager::execute_transaction).
-    pub async fn run<T, F, Fut>(&self, mut body: F) -> Result<Completed<T>>
-    where
-        F: FnMut(Transaction) -> Fut,
-        Fut: Future<Output = Result<T>>,
-    {
-        let policy = self.records.options().retry.clone();
-        let deadline = self.records.deadline();
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let transaction = Transaction {
-                records: Arc::clone(&self.records),
-                id: new_event_id().to_string(),
-                deadline,
-                work: Arc::default(),
-            };
-            let outcome = body(transaction.clone()).await;
-            let work = transaction.end().await;
-            let value = outcome?;
-            let conflict = match self.commit(work, deadline).await {
-                Ok(()) => return Ok(Completed { value, attempts }),
-                Err(error @ Error::VersionConflict { .. }) => error,
-                Err(error) => return Err(error),
-            };
-            if attempts >= policy.max_attempts || deadline.is_over() {
-                return Err(Error::TransactionFailed { attempts, source: Box::new(conflict) });
+    /// The conflict, when it is not.
+    pub(crate) async fn is_durable(&mut self) -> Result<()> {
+        for (address, touched) in &mut self.states {
+            if let Seen::Pending(pending) = &mut touched.seen
+                && !pending.is_durable().await
+            {
+                return Err(gone(address, pending));
             }
-            tracing::debug!(attempts, %conflict, "somebody was faster, running again");
-            tokio::time::sleep(policy.backoff(attempts).min(deadline.left())).await;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn was_answered(&self) -> bool {
+        matches!(self.command, Some((_, Progress::Answered)))
+    }
+
+    /// The answer that is to be kept.
+    pub(crate) fn new_command(&mut self, records: &Records) -> Result<Option<NewCommand>> {
+        match self.command.take() {
+            Some((asked, Progress::Running(answer))) => {
+                records.new_command(&asked, Answered::Value(answer)).map(Some)
+            }
+            _ => Ok(None),
         }
     }
 
-    /// Reads some states and writes some, as one: the writes happen only if what was read, and what
-    /// they replace, has not changed. A state to write that was read from a store before (version
-    /// above 0) must still have that version. Returns those of the read states that exist.
-    ///
-    /// # Errors
-    /// As [`execute_transaction`](TransactionManager::execute_transaction), and
-    /// [`Error::VersionConflict`] when a state to write has another version.
-    pub async fn read_write_transaction<R: AsRef<str>, W: AsRef<str>>(
-        &self,
-        governor: impl AsRef<str>,
-        reads: &[R],
-        writes: &[(W, StateSnapshot, ChangeMetadata)],
-    ) -> Result<Vec<StateSnapshot>> {
-        let governor = governor.as_ref();
-        // These belong to the caller; what is too deep must not be cloned.
-        for (state, snapshot, metadata) in writes {
-            let mut values = metadata.context.values().chain([&snapshot.data]);
-            if values.any(|value| depth_exceeds(value, MAX_DEPTH)) {
-                return Err(too_deep(&format!("{governor}/{}", state.as_ref())));
-            }
-        }
-        let body = |transaction: Transaction| async move {
-            let read = transaction.batch_get_states(governor, reads).await?;
-            for (state, snapshot, metadata) in writes {
-                let (state, new, why) = (state.as_ref(), snapshot.clone(), metadata.clone());
-                match snapshot.version {
-                    0 => transaction.save_state(governor, state, new, why).await?,
-                    known => transaction.update_state(governor, state, new, known, why).await?,
-                };
-            }
-            Ok(read)
+    /// What was read, and what was written.
+    pub(crate) fn touched(&self) -> (Vec<TouchedState>, Vec<TouchedState>) {
+        let state = |address: &Address, version| TouchedState {
+            governor_id: address.governor.id(),
+            state_id: address.state.id(),
+            version,
         };
-        Ok(self.run(body).await?.value)
-    }
-
-    async fn commit(&self, work: Work, deadline: Deadline) -> Result<()> {
-        let mut groups = Vec::new();
-        let mut guards = Vec::new();
-        for (address, touched) in work.states {
-            if touched.steps.is_empty() {
-                guards.push(Guard { address, seen: touched.base });
-            } else {
-                groups.push(Steps { base: touched.base, transitions: touched.steps });
-            }
+        let (mut reads, mut writes) = (Vec::new(), Vec::new());
+        for (address, touched) in &self.states {
+            let seen = match &touched.seen {
+                Seen::Known(known) => known.as_ref().map_or(0, |known| known.head.version()),
+                Seen::Pending(pending) => pending.head.version(),
+            };
+            reads.push(state(address, seen));
+            writes.extend(touched.steps.last().map(|step| state(address, step.head.version())));
         }
-        // What only read has read one cut, once that is sure.
-        if groups.is_empty() {
-            return self.records.confirm(&guards, deadline).await;
-        }
-        self.records.commit(&groups, &guards, deadline).await
+        (reads, writes)
     }
 }
 
 impl Transaction {
+    /// `preset` is what is seen of the one state that it is expected to touch.
+    pub(crate) fn begin(
+        records: &Arc<Records>,
+        deadline: Deadline,
+        preset: Option<Pending>,
+    ) -> Self {
+        let mut work = Work::default();
+        if let Some(pending) = preset {
+            let address = pending.head.change.address.clone();
+            work.states
+                .insert(address, Touched { seen: Seen::Pending(pending), steps: Vec::new() });
+        }
+        let id = new_event_id().to_string();
+        Self { records: Arc::clone(records), id, deadline, work: Arc::new(Mutex::new(work)) }
+    }
+
     /// The id that stands in the context of every change of this attempt.
     #[must_use]
     pub fn id(&self) -> &str {
@@ -339,12 +283,129 @@ impl Transaction {
             .await
     }
 
+    /// Makes this transaction the one that answers for an idempotency key. `Some` is the answer that was
+    /// given before: return it, and write nothing. `None`: go on, and say with
+    /// [`answer`](Transaction::answer) what is to be kept; the answer is kept in the transaction's own
+    /// commit, so that of all who come with this key one is applied and the others get its answer.
+    ///
+    /// Keys are of the whole store. [`TransactionManager::execute_once`](crate::TransactionManager::execute_once)
+    /// does all this in one call.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] for an impossible key, a second key in one transaction, or a key that
+    /// answered a single write; [`Error::SerializationError`] when the answer is no `T`.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> tai_state::Result<()> {
+    /// # use serde_json::json;
+    /// # use tai_state::*;
+    /// # let manager = TransactionManager::new(StateStore::in_memory());
+    /// # let why = || ChangeMetadata::new("docs", "example", None);
+    /// let pay = async || manager.execute_transaction("shop", |tx| async move {
+    ///     if let Some(receipt) = tx.idempotency_key("payment-4711").await? {
+    ///         return Ok(receipt);
+    ///     }
+    ///     let paid = StateSnapshot::new("order-1".into(), json!({"paid": true}), why());
+    ///     let version = tx.save_state("shop", "order-1", paid, why()).await?;
+    ///     let receipt = format!("paid in version {version}");
+    ///     tx.answer(&receipt).await?;
+    ///     Ok(receipt)
+    /// }).await;
+    /// assert_eq!(pay().await?, "paid in version 1");
+    /// assert_eq!(pay().await?, "paid in version 1");
+    /// # Ok(()) }
+    /// ```
+    pub async fn idempotency_key<T: DeserializeOwned>(
+        &self,
+        key: impl AsRef<str>,
+    ) -> Result<Option<T>> {
+        self.claim(key.as_ref(), None).await
+    }
+
+    /// As [`idempotency_key`](Transaction::idempotency_key), for a request that can be written down: the
+    /// same key with another request is refused.
+    ///
+    /// # Errors
+    /// As [`idempotency_key`](Transaction::idempotency_key), and [`Error::InvalidState`] when the key was
+    /// used for another request.
+    pub async fn idempotency_key_of<T: DeserializeOwned>(
+        &self,
+        key: impl AsRef<str>,
+        request: &Value,
+    ) -> Result<Option<T>> {
+        let subject = format!("the request under the idempotency key {:?}", key.as_ref());
+        crate::json::measure(request, &subject)?;
+        self.claim(key.as_ref(), Some(Hash::of(request))).await
+    }
+
+    async fn claim<T: DeserializeOwned>(
+        &self,
+        key: &str,
+        request: Option<Hash>,
+    ) -> Result<Option<T>> {
+        let key = CommandKey::new(key)?;
+        let mut work = self.work.lock().await;
+        self.refuse_late(&work)?;
+        if let Some((asked, _)) = &work.command {
+            let subject = format!("the idempotency key {:?}", key.text());
+            let reason = format!("this transaction has {:?} already", asked.key.text());
+            return Err(Error::refused(subject, reason));
+        }
+        let asked = Asked::of(&key, request);
+        let view = self.view(&mut work).await?;
+        let there = view.reader().command(&key.0).await;
+        work.view = Some(view);
+        let Some(there) = there? else {
+            work.command = Some((asked, Progress::Running(Value::Null)));
+            return Ok(None);
+        };
+        asked.check(&there)?;
+        let Answered::Value(value) = &there.answer else {
+            let subject = format!("the idempotency key {:?}", key.text());
+            return Err(Error::refused(subject, "it was used for a single write"));
+        };
+        let answer = T::deserialize(value).map_err(|source| Error::SerializationError {
+            subject: format!("the answer under the idempotency key {:?}", key.text()),
+            source,
+        })?;
+        work.command = Some((asked, Progress::Answered));
+        Ok(Some(answer))
+    }
+
+    /// What is kept as the answer under the [idempotency key](Transaction::idempotency_key); `null`
+    /// without it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] without a key; [`Error::SerializationError`] for what is no JSON.
+    pub async fn answer<T: Serialize>(&self, answer: &T) -> Result<()> {
+        let subject = || "the answer of a transaction".to_owned();
+        let value = serde_json::to_value(answer)
+            .map_err(|source| Error::SerializationError { subject: subject(), source })?;
+        crate::json::measure(&value, &subject())?;
+        let mut work = self.work.lock().await;
+        self.refuse_late(&work)?;
+        match &mut work.command {
+            Some((_, Progress::Running(kept))) => {
+                *kept = value;
+                Ok(())
+            }
+            Some(_) => Err(Error::refused(subject(), "it was answered before")),
+            None => Err(Error::refused(subject(), "it has no idempotency key")),
+        }
+    }
+
     async fn write(&self, mut request: Request) -> Result<Event> {
         let context = &mut request.metadata.context;
         context.insert(TRANSACTION_CONTEXT.to_owned(), self.id.clone().into());
         let mut work = self.work.lock().await;
+        if work.was_answered() {
+            let subject = format!("a change of {} in a transaction", request.address);
+            return Err(Error::refused(subject, "its idempotency key was answered before"));
+        }
         self.read(&mut work, std::slice::from_ref(&request.address)).await?;
-        let touched = work.states.entry(request.address.clone()).or_default();
+        let Some(touched) = work.states.get_mut(&request.address) else {
+            return Err(Error::refused(request.address.to_string(), "it was not read"));
+        };
         let policy = &self.records.options().persistence;
         let step = self.records.plan(touched.head(), &request, policy)?;
         let event = step.head.change.event(touched.head().map(|head| &head.change));
@@ -352,14 +413,24 @@ impl Transaction {
         Ok(event)
     }
 
+    fn refuse_late(&self, work: &Work) -> Result<()> {
+        if work.over {
+            let reason = "it was used after its closure had ended";
+            return Err(Error::refused("a transaction's handle", reason));
+        }
+        Ok(())
+    }
+
+    async fn view(&self, work: &mut Work) -> Result<View> {
+        match work.view.take() {
+            Some(view) => Ok(view),
+            None => self.records.view(self.deadline).await,
+        }
+    }
+
     /// Reads what was not read yet; everything through the same view.
     async fn read(&self, work: &mut Work, addresses: &[Address]) -> Result<()> {
-        if work.over {
-            return Err(Error::refused(
-                "a transaction's handle",
-                "it was used after its closure had ended",
-            ));
-        }
+        self.refuse_late(work)?;
         let mut missing: Vec<Address> = addresses.to_vec();
         missing.sort_unstable();
         missing.dedup();
@@ -367,20 +438,39 @@ impl Transaction {
         if missing.is_empty() {
             return Ok(());
         }
-        let view = match work.view.take() {
-            Some(view) => view,
-            None => self.records.view(self.deadline).await?,
-        };
+        // What was seen at the end of the line must be part of the cut that the others come from.
+        let pending = work.states.iter().find_map(|(address, touched)| match &touched.seen {
+            Seen::Pending(pending) => Some((address.clone(), pending.clone())),
+            Seen::Known(_) => None,
+        });
+        if let Some((address, mut pending)) = pending {
+            let is_durable = pending.is_durable().await;
+            let view = self.view(work).await?;
+            let found = view.reader().head(&address).await;
+            work.view = Some(view);
+            let found = found?;
+            let is_same = found
+                .as_ref()
+                .is_some_and(|known| known.head.change.hash == pending.head.change.hash);
+            if !is_durable || !is_same {
+                work.spoiled = Some(gone(&address, &pending));
+                return Err(gone(&address, &pending));
+            }
+            if let Some(touched) = work.states.get_mut(&address) {
+                touched.seen = Seen::Known(found);
+            }
+        }
+        let view = self.view(work).await?;
         let found = view.reader().heads(&missing).await;
         work.view = Some(view);
         for (address, base) in missing.into_iter().zip(found?) {
-            work.states.insert(address, Touched { base, steps: Vec::new() });
+            work.states.insert(address, Touched { seen: Seen::Known(base), steps: Vec::new() });
         }
         Ok(())
     }
 
     /// Closes the handle and takes what it gathered. The view ends here, before the commit.
-    async fn end(&self) -> Work {
+    pub(crate) async fn end(&self) -> Work {
         let mut work = self.work.lock().await;
         let gathered = std::mem::take(&mut *work);
         work.over = true;

@@ -8,6 +8,7 @@ pub(crate) mod history;
 pub(crate) mod import;
 pub(crate) mod init;
 pub(crate) mod lines;
+pub(crate) mod locks;
 pub(crate) mod ls;
 pub(crate) mod put;
 pub(crate) mod rm;

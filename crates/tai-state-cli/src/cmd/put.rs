@@ -7,7 +7,7 @@ use tai_state::{ChangeMetadata, NewTransition, StateMachinePersister, json};
 
 use crate::args::{Global, Put};
 use crate::failure::{self, Failure, Outcome};
-use crate::{address, connect, output};
+use crate::{address, connect, fenced, once, output};
 
 /// More text than this holds no state that could be kept.
 const MOST_BYTES: u64 = 16 << 20;
@@ -19,7 +19,8 @@ pub(crate) async fn run(global: &Global, args: &Put) -> Outcome {
         None => read(args)?,
     };
     let data = json::parse(&text, &subject)?;
-    let store = connect(global, false).await?;
+    let store = fenced(connect(global, false).await?, &args.conditions)?;
+    let store = once(store, &args.once)?;
     let metadata = ChangeMetadata::new(&args.why.actor, &args.why.reason, args.expect);
     let mut transition = NewTransition::to(governor, state, &args.action, data, metadata);
     if let Some(version) = args.expect {

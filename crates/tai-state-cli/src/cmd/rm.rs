@@ -5,11 +5,12 @@ use tai_state::ChangeMetadata;
 
 use crate::args::{Global, Rm};
 use crate::failure::Outcome;
-use crate::{address, connect, output};
+use crate::{address, connect, fenced, once, output};
 
 pub(crate) async fn run(global: &Global, args: &Rm) -> Outcome {
     let (governor, state) = address(&args.address)?;
-    let store = connect(global, false).await?;
+    let store = fenced(connect(global, false).await?, &args.conditions)?;
+    let store = once(store, &args.once)?;
     let why = ChangeMetadata::new(&args.why.actor, &args.why.reason, args.expect);
     let version = store.delete_state(governor, state, args.expect, why).await?;
     let object =

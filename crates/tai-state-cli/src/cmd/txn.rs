@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Number, Value, json};
 use tai_state::{
     ChangeMetadata, Error, StateId, StateSnapshot, StateStore, Transaction, TransactionManager,
@@ -19,6 +19,7 @@ use crate::{address, output};
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Request {
+    #[serde(default)]
     id: Value,
     ops: Vec<Op>,
     #[serde(default)]
@@ -28,7 +29,7 @@ struct Request {
 }
 
 /// One step of a transaction.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 enum Op {
     Get { state: String, expect: Option<u64> },
@@ -91,10 +92,10 @@ pub(crate) async fn run(store: &StateStore, args: &Txn) -> Outcome {
                 continue;
             }
         };
-        let manager = manager.clone();
+        let (store, manager) = (store.clone(), manager.clone());
         let actor = request.actor.clone().unwrap_or_else(|| args.actor.clone());
         tasks.spawn(async move {
-            let answer = answer(&manager, &request, &actor).await;
+            let answer = answer(&store, &manager, &request, &actor).await;
             let written = output::line(&answer.to_string());
             drop(permit);
             written
@@ -131,30 +132,106 @@ fn parse(text: &str, number: u64) -> Outcome<Request> {
     Ok(request)
 }
 
-async fn answer(manager: &TransactionManager, request: &Request, actor: &str) -> Value {
+async fn answer(
+    store: &StateStore,
+    manager: &TransactionManager,
+    request: &Request,
+    actor: &str,
+) -> Value {
     let metadata = ChangeMetadata::new(actor, &request.reason, None);
+    let asked = json!({ "ops": request.ops });
     let outcome = manager
         .run(|transaction| {
-            let metadata = metadata.clone();
+            let (metadata, asked) = (metadata.clone(), &asked);
             async move {
+                if let Some(key) = key(&request.id)
+                    && let Some(first) = transaction.idempotency_key_of(key, asked).await?
+                {
+                    return Ok((first, true));
+                }
                 let mut results = Vec::with_capacity(request.ops.len());
                 for op in &request.ops {
                     results.push(step(&transaction, op, &metadata).await?);
                 }
-                Ok(results)
+                if key(&request.id).is_some() {
+                    transaction.answer(&kept(&results)).await?;
+                }
+                Ok((results, false))
             }
         })
         .await;
+    let outcome = match outcome {
+        Ok(done) => {
+            let (results, was_answered) = done.value;
+            match was_answered {
+                true => {
+                    filled(store, request, results).await.map(|results| (results, done.attempts))
+                }
+                false => Ok((results, done.attempts)),
+            }
+        }
+        Err(error) => Err(error),
+    };
     match outcome {
-        Ok(done) => json!({
-            "id": request.id, "ok": true, "results": done.value, "attempts": done.attempts,
-        }),
+        Ok((results, attempts)) => {
+            json!({ "id": request.id, "ok": true, "results": results, "attempts": attempts })
+        }
         Err(error) => {
             let unknown = matches!(error, Error::OutcomeUnknown { .. });
             let outcome = if unknown { "unknown" } else { "not_applied" };
             refused(&request.id, error.into(), outcome)
         }
     }
+}
+
+/// The idempotency key of a line: its id, if it has one.
+fn key(id: &Value) -> Option<String> {
+    match id {
+        Value::Null => None,
+        Value::String(id) => Some(format!("txn {id}")),
+        other => Some(format!("txn {}", strict::canonical(other))),
+    }
+}
+
+/// More text than this is not kept in an answer; what was read can be read again at its version.
+const MOST_KEPT: usize = 64 << 10;
+
+/// The results as they are kept under the id.
+fn kept(results: &[Value]) -> Vec<Value> {
+    let mut bytes = 0;
+    let shortened = |result: &Value| {
+        bytes += result.to_string().len();
+        match result {
+            Value::Object(fields) if bytes > MOST_KEPT => {
+                Value::Object(fields.iter().filter(|(k, _)| *k == "version").map(own).collect())
+            }
+            whole => whole.clone(),
+        }
+    };
+    results.iter().map(shortened).collect()
+}
+
+fn own((key, value): (&String, &Value)) -> (String, Value) {
+    (key.clone(), value.clone())
+}
+
+/// The kept results, with what was too large to be kept read again.
+async fn filled(
+    store: &StateStore,
+    request: &Request,
+    mut results: Vec<Value>,
+) -> Result<Vec<Value>, Error> {
+    for (op, result) in request.ops.iter().zip(&mut results) {
+        let (Op::Get { state: target, .. }, Value::Object(fields)) = (op, result) else { continue };
+        if fields.contains_key("data") {
+            continue;
+        }
+        let version = fields.get("version").and_then(Value::as_u64).unwrap_or(0);
+        let (governor, state) = target.split_once('/').unwrap_or((target, ""));
+        let data = store.state_at_version(governor, state, version).await?.data;
+        fields.insert("data".into(), data);
+    }
+    Ok(results)
 }
 
 fn refused(id: &Value, failure: Failure, outcome: &str) -> Value {

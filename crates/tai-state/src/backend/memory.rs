@@ -10,16 +10,15 @@ use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 
 use super::bell::{self, Bell};
 use super::matching::Best;
 use super::{
     Alarm, Backend, BackendError, Body, Committed, Document, Found, Identity, Key, Kind, Limits,
-    Name, Operation, Page, Precondition, Query, Range, Read, Revision, Scan, Write, refuse_doubles,
-    refuse_misfit, refuse_query,
+    Moment, Name, Operation, Page, Precondition, Query, Range, Read, Revision, Scan, Write,
+    refuse_doubles, refuse_misfit, refuse_query,
 };
-use crate::clock::{Clock, SystemClock};
+use crate::clock::Stopwatch;
 
 type Documents = Arc<BTreeMap<Key, (Body, Revision)>>;
 
@@ -30,6 +29,7 @@ pub struct MemoryBackend {
     documents: RwLock<(Documents, u64)>,
     identity: Identity,
     bell: Bell,
+    since: Stopwatch,
 }
 
 impl MemoryBackend {
@@ -39,7 +39,8 @@ impl MemoryBackend {
         let store = crate::clock::new_event_id().to_string();
         let node = format!("mem-{store}");
         let identity = Identity { store, incarnation: 1, node };
-        Self { documents: RwLock::default(), identity, bell: Bell::new() }
+        let (bell, since) = (Bell::new(), Stopwatch::start());
+        Self { documents: RwLock::default(), identity, bell, since }
     }
 
     fn cut(&self) -> Cut {
@@ -228,8 +229,10 @@ impl Backend for MemoryBackend {
         Ok(Box::new(self.bell.listen(governor, kind, name)?))
     }
 
-    async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
-        Ok(SystemClock.now())
+    async fn get_at(&self, keys: &[Key]) -> Result<(Vec<Option<Document>>, Moment), BackendError> {
+        let found = self.get(keys).await?;
+        let moment = Moment { epoch: self.identity.store.clone(), micros: self.since.micros() };
+        Ok((found, moment))
     }
 
     fn limits(&self) -> Limits {

@@ -12,11 +12,11 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+pub use crate::clock::Moment;
 pub use crate::keys::{Key, Kind, Name};
 
 mod bell;
@@ -504,11 +504,13 @@ pub trait Backend: Read + 'static {
         name: Option<&Name>,
     ) -> Result<Box<dyn Alarm>, BackendError>;
 
-    /// The backend's own clock, by which leases are judged.
+    /// As [`get`](Read::get), and when that was by the backend's own clock, by which leases are
+    /// judged. All who use the store share the clock, or its moments are of different epochs; and
+    /// no change of a machine's wall time moves it.
     ///
     /// # Errors
-    /// [`Unavailable`](BackendError::Unavailable) when it cannot be asked.
-    async fn now(&self) -> Result<DateTime<Utc>, BackendError>;
+    /// As [`get`](Read::get).
+    async fn get_at(&self, keys: &[Key]) -> Result<(Vec<Option<Document>>, Moment), BackendError>;
 
     /// What it takes at most.
     fn limits(&self) -> Limits;

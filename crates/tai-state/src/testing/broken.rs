@@ -5,14 +5,13 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 use serde_json::Value;
 
 use crate::backend::matching;
 use crate::backend::memory::MemoryBackend;
 use crate::backend::{
     Alarm, Backend, BackendError, Committed, Document, Field, Found, Identity, Key, Kind, Limits,
-    Name, Operation, Page, Precondition, Query, Read, Revision, Rung, Scan, Test, Write,
+    Moment, Name, Operation, Page, Precondition, Query, Read, Revision, Rung, Scan, Test, Write,
 };
 
 /// What is wrong with a [`BrokenBackend`].
@@ -272,8 +271,8 @@ impl Backend for BrokenBackend {
         })
     }
 
-    async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
-        self.inner.now().await
+    async fn get_at(&self, keys: &[Key]) -> Result<(Vec<Option<Document>>, Moment), BackendError> {
+        self.inner.get_at(keys).await
     }
 
     fn limits(&self) -> Limits {

@@ -4,11 +4,10 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 
 use crate::backend::{
-    Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Name,
-    Page, Query, Read, Scan, Write,
+    Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Moment,
+    Name, Page, Query, Read, Scan, Write,
 };
 
 /// What happens to one commit.
@@ -115,8 +114,8 @@ impl Backend for FaultyBackend {
         self.inner.watch(governor, kind, name).await
     }
 
-    async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
-        self.inner.now().await
+    async fn get_at(&self, keys: &[Key]) -> Result<(Vec<Option<Document>>, Moment), BackendError> {
+        self.inner.get_at(keys).await
     }
 
     fn limits(&self) -> Limits {

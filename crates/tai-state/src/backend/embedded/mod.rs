@@ -33,7 +33,6 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 use rusqlite::{Connection, ErrorCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -41,10 +40,10 @@ use self::held::Held;
 use self::rows::{RowError, Rows};
 use super::bell::Bell;
 use super::{
-    Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Name,
-    Page, Query, Read, Scan, Write, refuse_doubles,
+    Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Moment,
+    Name, Page, Query, Read, Scan, Write, refuse_doubles,
 };
-use crate::clock::{Clock, SystemClock};
+use crate::clock::MachineClock;
 use crate::error::Result;
 
 /// Readings at the same time, and connections that are kept for them; more wait.
@@ -64,6 +63,7 @@ pub struct EmbeddedBackend {
     writer: Option<JoinHandle<()>>,
     bell: Bell,
     looks: watch::Looks,
+    clock: MachineClock,
 }
 
 /// Why a handle ends when its file is not under its name any more.
@@ -149,7 +149,8 @@ impl EmbeddedBackend {
         };
         let (requests, writer) = (Some(Arc::new(requests)), Some(writer));
         let (pool, looks) = (Arc::new(pool), watch::Looks::new());
-        Ok(Self { identity, pool, commits, requests, writer, bell, looks })
+        let clock = MachineClock::new();
+        Ok(Self { identity, pool, commits, requests, writer, bell, looks, clock })
     }
 
     /// How many groups this handle has committed, each with one sync: beside the number of changes,
@@ -375,8 +376,9 @@ impl Backend for EmbeddedBackend {
         Ok(Box::new(watch::FileAlarm { listener, looks: self.looks.clone(), writer }))
     }
 
-    async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
-        Ok(SystemClock.now())
+    async fn get_at(&self, keys: &[Key]) -> Result<(Vec<Option<Document>>, Moment), BackendError> {
+        let found = self.get(keys).await?;
+        Ok((found, self.clock.now()))
     }
 
     fn limits(&self) -> Limits {

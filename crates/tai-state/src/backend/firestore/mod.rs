@@ -34,7 +34,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as proto;
 
 use self::auth::Auth;
@@ -44,8 +43,8 @@ use self::place::Place;
 use self::read::{Reader, failed};
 use self::status::Call;
 use super::{
-    Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Name,
-    Page, Query, Read, Scan, Write,
+    Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Moment,
+    Name, Page, Query, Read, Scan, Write,
 };
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, Result};
@@ -375,8 +374,8 @@ impl Backend for FirestoreBackend {
         Ok(Box::new(listen::listen(&self.line, scope).await?))
     }
 
-    async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
-        self.reader.now().await
+    async fn get_at(&self, keys: &[Key]) -> Result<(Vec<Option<Document>>, Moment), BackendError> {
+        self.reader.get_at(keys).await
     }
 
     fn limits(&self) -> Limits {

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
 use googleapis_tonic_google_firestore_v1::google::firestore::v1 as proto;
 use prost_types::Timestamp;
 use proto::batch_get_documents_request::ConsistencySelector as GetAt;
@@ -24,8 +23,8 @@ use super::channel::{Line, Unusable};
 use super::status::{Call, meaning};
 use super::{query, value};
 use crate::backend::{
-    BackendError, Body, Cursor, Document, Found, Key, Kind, Name, Page, Query, Range, Read,
-    Revision, Scan, refuse_misfit, refuse_query,
+    BackendError, Body, Cursor, Document, Found, Key, Kind, Moment as Instant, Name, Page, Query,
+    Range, Read, Revision, Scan, refuse_misfit, refuse_query,
 };
 
 /// Bytes of bodies in one page: what is left comes with the next.
@@ -85,21 +84,32 @@ impl Reader {
         Ok(answer)
     }
 
-    /// The documents with these names, as far as they exist.
-    async fn documents(
+    /// The documents at these keys, in that order, and when that was, if any was asked for.
+    async fn all(
         &self,
-        names: &[String],
-    ) -> Result<HashMap<String, proto::Document>, BackendError> {
-        let found = self.documents_within(names, usize::MAX).await?;
-        found.ok_or_else(|| BackendError::Invalid("a read without a limit has met it".into()))
+        keys: &[Key],
+    ) -> Result<(Vec<Option<Document>>, Option<Timestamp>), BackendError> {
+        let names: Vec<String> = keys.iter().map(|key| self.line.place().document(key)).collect();
+        // One that is asked for twice is answered once.
+        let mut seen = HashSet::with_capacity(names.len());
+        let asked: Vec<String> =
+            names.iter().filter(|name| seen.insert(name.as_str())).cloned().collect();
+        let (found, time) = self.documents_within(&asked, usize::MAX).await?;
+        let found = found
+            .ok_or_else(|| BackendError::Invalid("a read without a limit has met it".into()))?;
+        let documents = names
+            .iter()
+            .map(|name| found.get(name).cloned().map(|it| self.document(it)).transpose());
+        Ok((documents.collect::<Result<_, _>>()?, time))
     }
 
-    /// As [`documents`](Self::documents); `None` when they are more than so many bytes.
+    /// The documents with these names, as far as they exist, and when that was; no documents when they
+    /// are more than so many bytes.
     async fn documents_within(
         &self,
         names: &[String],
         most: usize,
-    ) -> Result<Option<HashMap<String, proto::Document>>, BackendError> {
+    ) -> Result<(Option<HashMap<String, proto::Document>>, Option<Timestamp>), BackendError> {
         let mut found = HashMap::with_capacity(names.len());
         // More than one request takes are read at the moment of the first.
         let mut moment = None;
@@ -123,12 +133,12 @@ impl Reader {
             });
             let (documents, time) = answers.await?;
             moment = moment.or(time);
-            let Some(documents) = documents else { return Ok(None) };
+            let Some(documents) = documents else { return Ok((None, moment)) };
             for document in documents {
                 found.insert(document.name.clone(), document);
             }
         }
-        Ok(Some(found))
+        Ok((Some(found), moment))
     }
 
     /// Runs a query until its end or until the page is full; `true` when it was cut off.
@@ -199,13 +209,18 @@ impl Reader {
         }
     }
 
-    /// The backend's clock.
-    pub(super) async fn now(&self) -> Result<DateTime<Utc>, BackendError> {
-        let time = self.time().await?;
-        time.and_then(|time| {
-            DateTime::from_timestamp(time.seconds, u32::try_from(time.nanos).ok()?)
-        })
-        .ok_or_else(|| BackendError::Unavailable("the service did not say its time".into()))
+    /// Documents, and when that was by the service's clock: it says so with every answer.
+    pub(super) async fn get_at(
+        &self,
+        keys: &[Key],
+    ) -> Result<(Vec<Option<Document>>, Instant), BackendError> {
+        let (documents, mut time) = self.all(keys).await?;
+        if time.is_none() {
+            time = self.time().await?;
+        }
+        let silent = || BackendError::Unavailable("the service did not say its time".into());
+        let micros = revision(time.as_ref()).ok_or_else(silent)?.token();
+        Ok((documents, Instant { epoch: EPOCH.to_owned(), micros }))
     }
 
     async fn time(&self) -> Result<Option<Timestamp>, BackendError> {
@@ -237,7 +252,7 @@ impl Reader {
         if to - from < wanted {
             let names: Vec<String> = (from..=to).map(|v| place.document(&key(v))).collect();
             // Too large for one page: a query comes in order and can stop.
-            if let Some(mut found) = self.documents_within(&names, PAGE_BYTES).await? {
+            if let (Some(mut found), _) = self.documents_within(&names, PAGE_BYTES).await? {
                 by_name = Some(names.iter().filter_map(|name| found.remove(name)).collect());
             }
         }
@@ -263,19 +278,7 @@ impl Reader {
 #[async_trait]
 impl Read for Reader {
     async fn get(&self, keys: &[Key]) -> Result<Vec<Option<Document>>, BackendError> {
-        if keys.is_empty() {
-            return Ok(Vec::new());
-        }
-        let names: Vec<String> = keys.iter().map(|key| self.line.place().document(key)).collect();
-        // One that is asked for twice is answered once.
-        let mut asked: Vec<String> = Vec::with_capacity(names.len());
-        let mut seen = std::collections::HashSet::with_capacity(names.len());
-        asked.extend(names.iter().filter(|name| seen.insert(name.as_str())).cloned());
-        let found = self.documents(&asked).await?;
-        names
-            .iter()
-            .map(|name| found.get(name).cloned().map(|it| self.document(it)).transpose())
-            .collect()
+        Ok(self.all(keys).await?.0)
     }
 
     async fn scan(&self, scan: &Scan) -> Result<Page, BackendError> {
@@ -469,6 +472,8 @@ impl Read for Reader {
 }
 
 const COUNT: &str = "n";
+/// All of Firestore has one clock.
+const EPOCH: &str = "firestore";
 
 /// The documents of one answer and of when they are; no documents when they are more than so many
 /// bytes.

@@ -81,6 +81,7 @@ behaviours![
     reading::of_racing_creates_one_wins,
     reading::racing_writers_lose_nothing,
     reading::identity_does_not_change,
+    reading::the_backends_clock_goes_on,
     querying::a_query_finds_what_is_equal,
     querying::a_query_finds_a_range_of_one_type,
     querying::a_query_finds_one_of_several,

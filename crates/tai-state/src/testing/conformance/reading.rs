@@ -356,7 +356,28 @@ pub(super) async fn identity_does_not_change(backend: Arc<dyn Backend>) -> Outco
     ensure!(backend.identity() == before, "it changed");
     ensure!(!before.store.is_empty() && !before.node.is_empty(), "it is empty");
     ensure!(before.incarnation > 0, "the incarnation is 0");
-    let now = backend.now().await.map_err(|error| error.to_string())?;
-    ensure!(backend.now().await.map_err(|error| error.to_string())? >= now, "time went back");
+    Ok(())
+}
+
+/// Leases are judged by this clock.
+pub(super) async fn the_backends_clock_goes_on(backend: Arc<dyn Backend>) -> Outcome {
+    put_any(&backend, state("a")?, 1).await?;
+    let keys = [state("a")?, state("b")?];
+    let look = || async { backend.get_at(&keys).await.map_err(|error| error.to_string()) };
+    let (found, mut now) = look().await?;
+    ensure!(found == backend.get(&keys).await.map_err(|error| error.to_string())?, "{found:?}");
+    let started = now.clone();
+    for _ in 0..20 {
+        let (_, later) = look().await?;
+        ensure!(
+            later.epoch == now.epoch,
+            "the epoch changed from {} to {}",
+            now.epoch,
+            later.epoch
+        );
+        ensure!(later.micros >= now.micros, "time went back");
+        now = later;
+    }
+    ensure!(now.micros > started.micros, "time stands still");
     Ok(())
 }

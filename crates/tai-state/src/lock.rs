@@ -1,0 +1,582 @@
+//! Locks with a lease and a fencing token: acquire, wait, list, break, release.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+
+use crate::backend::{Key, Name};
+use crate::clock::{Stopwatch, jitter, random_id};
+use crate::error::{Error, Result};
+use crate::fence::{Fence, Token, lock_key};
+use crate::grant::{Anchor, Grant, State};
+use crate::lease::{Lease, Now, Standing, Wanted};
+use crate::leases::FoundLease;
+use crate::manager::TransactionManager;
+use crate::patience::Deadline;
+use crate::reader::Watch;
+use crate::records::Records;
+
+/// Without an alarm a lock is looked at so often, give or take half of it.
+const POLL: Duration = Duration::from_millis(250);
+/// With an alarm it is looked at all the same, in case the alarm says nothing.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+/// Those who wait elsewhere do not all come at once.
+const SPREAD: Duration = Duration::from_millis(20);
+/// How often a free lock is tried for when the time for waiting is over.
+const LATE_TRIES: u32 = 8;
+
+/// A lock that is held: renewed in the background until it is released, dropped or lost.
+///
+/// A lease can end while its holder sleeps, and no holder can know in time. What protects is the
+/// [fencing token](DistributedLock::fencing_token): writes through
+/// [`StateStore::fenced_by`](crate::StateStore::fenced_by) are refused once somebody else has the
+/// lock; other resources can do the same by refusing a token lower than the highest they have seen.
+#[non_exhaustive]
+pub struct DistributedLock {
+    /// What is locked.
+    pub resource: String,
+    /// Who holds it.
+    pub client_id: String,
+    /// The secret of this grant: who knows it may release the lock.
+    pub lock_token: String,
+    /// The number of this grant: it rises with every grant of the resource, and is never used again.
+    pub fencing_token: u64,
+    grant: Arc<Grant>,
+    renewal: AbortHandle,
+    runtime: Handle,
+}
+
+impl fmt::Debug for DistributedLock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DistributedLock")
+            .field("resource", &self.resource)
+            .field("client_id", &self.client_id)
+            .field("fencing_token", &self.fencing_token)
+            .finish_non_exhaustive()
+    }
+}
+
+impl DistributedLock {
+    /// Waits until the lock is not held any more, and says why: somebody else got it, it was broken or
+    /// released, or its lease could not be renewed in time. Meant for `tokio::select!`, beside the
+    /// work that the lock protects.
+    pub async fn lost(&self) -> Error {
+        match self.grant.over().await {
+            State::Lost(reason) => self.grant.lost(reason),
+            State::Held | State::Released => self.grant.lost("it was released".into()),
+        }
+    }
+
+    /// Whether it is known to be lost or released. `false` is no proof: see [`DistributedLock`].
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.grant.state() != State::Held
+    }
+
+    /// How long a lease lasts without a renewal.
+    #[must_use]
+    pub fn lease(&self) -> Duration {
+        self.grant.lease().lease
+    }
+
+    /// Gives the lock back, and says when that has not worked. Dropping it gives it back too, but
+    /// cannot say so; and when the runtime ends first, the lease has to end.
+    ///
+    /// # Errors
+    /// [`Error::LockLost`] when somebody else has it by now; what writing meets.
+    pub async fn release(self) -> Result<()> {
+        self.renewal.abort();
+        self.grant.release().await
+    }
+}
+
+impl Drop for DistributedLock {
+    fn drop(&mut self) {
+        self.renewal.abort();
+        if self.grant.state() != State::Released {
+            let grant = Arc::clone(&self.grant);
+            self.runtime.spawn(async move {
+                if let Err(error) = grant.release().await {
+                    tracing::warn!(%error, "a lock that was dropped could not be released");
+                }
+            });
+        }
+    }
+}
+
+impl From<&DistributedLock> for Fence {
+    fn from(lock: &DistributedLock) -> Self {
+        Self { token: Arc::clone(&lock.grant.token) }
+    }
+}
+
+/// How a lock stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum LockStatus {
+    /// Somebody holds it.
+    Held,
+    /// Its lease has ended without a release: whoever comes gets it.
+    Expired,
+    /// Nobody holds it.
+    Free,
+    /// It was granted before the machine was started last, or by a clock that cannot be compared: who
+    /// comes watches it for the whole of its lease.
+    Unclear,
+}
+
+/// A lock as others see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct LockRecord {
+    /// What is locked.
+    pub resource: String,
+    /// How it stands.
+    pub status: LockStatus,
+    /// Who holds it, or held it last.
+    pub client_id: String,
+    /// The number of the newest grant.
+    pub fencing_token: u64,
+    /// How long its lease lasts.
+    pub lease: Duration,
+    /// How much of it is left, while it is held.
+    pub left: Option<Duration>,
+    /// When it was acquired, by the holder's wall clock.
+    pub acquired_at: DateTime<Utc>,
+    /// When the lease ends, by the holder's wall clock. Nothing is judged by it.
+    pub expires_at: DateTime<Utc>,
+}
+
+impl LockRecord {
+    fn new(records: &Records, key: &Key, found: &FoundLease, now: &crate::backend::Moment) -> Self {
+        let lease = &found.lease;
+        let (status, left) = match records.locks.standing(key, found, now) {
+            Standing::Free if lease.held => (LockStatus::Expired, None),
+            Standing::Free => (LockStatus::Free, None),
+            Standing::Held(left) => (LockStatus::Held, Some(left)),
+            Standing::Watch(left) => (LockStatus::Unclear, Some(left)),
+        };
+        Self {
+            resource: key.name.id(),
+            status,
+            client_id: lease.client_id.clone(),
+            fencing_token: lease.fencing_token,
+            lease: lease.lease,
+            left,
+            acquired_at: lease.acquired_at,
+            expires_at: lease.expires_at,
+        }
+    }
+}
+
+/// One who wants locks. When it is dropped on the way, what may have been granted is given back.
+struct Pursuit {
+    records: Arc<Records>,
+    keys: Vec<Key>,
+    wanted: Vec<Wanted>,
+    runtime: Handle,
+    /// Whether a grant may have arrived that nobody knows of.
+    may_have: bool,
+}
+
+impl Drop for Pursuit {
+    fn drop(&mut self) {
+        if !self.may_have {
+            return;
+        }
+        let (records, keys) = (Arc::clone(&self.records), std::mem::take(&mut self.keys));
+        let wanted = std::mem::take(&mut self.wanted);
+        self.runtime.spawn(async move {
+            // Twice, since what was sent may still be on its way; then the lease has to end.
+            for pause in [Duration::ZERO, Duration::from_secs(1)] {
+                tokio::time::sleep(pause).await;
+                if let Err(error) = give_back(&records, &keys, &wanted).await {
+                    tracing::warn!(%error, "locks that nobody waits for could not be given back");
+                }
+            }
+        });
+    }
+}
+
+/// Releases those of the locks that were granted under these tokens.
+async fn give_back(records: &Records, keys: &[Key], wanted: &[Wanted]) -> Result<()> {
+    let deadline = records.deadline();
+    let (found, _) = records.look_at_leases(keys, deadline).await?;
+    for ((key, wanted), found) in keys.iter().zip(wanted).zip(found) {
+        let ours =
+            found.filter(|found| found.lease.held && found.lease.lock_token == wanted.lock_token);
+        if let Some(found) = ours {
+            let write = [(key, found.lease.released(), Some(found.revision))];
+            records.put_leases(&write, deadline).await?;
+        }
+    }
+    Ok(())
+}
+
+impl TransactionManager {
+    /// Acquires the lock of a resource for a client, with a lease of `duration` that is renewed in the
+    /// background; waits for it for `duration` at most. Who waits in one process stands in line;
+    /// between processes chance decides.
+    ///
+    /// # Errors
+    /// [`Error::LockHeld`] when it was not free in time; [`Error::InvalidState`] for an impossible
+    /// name, or a lease shorter than 50 ms or longer than a day; what reading and writing meet.
+    pub async fn acquire_lock(
+        &self,
+        resource: impl AsRef<str>,
+        client_id: impl Into<String>,
+        duration: Duration,
+    ) -> Result<DistributedLock> {
+        self.acquire_lock_within(resource, client_id, duration, duration).await
+    }
+
+    /// As [`acquire_lock`](TransactionManager::acquire_lock), and waits for so long at most.
+    ///
+    /// # Errors
+    /// As [`acquire_lock`](TransactionManager::acquire_lock).
+    pub async fn acquire_lock_within(
+        &self,
+        resource: impl AsRef<str>,
+        client_id: impl Into<String>,
+        lease: Duration,
+        wait: Duration,
+    ) -> Result<DistributedLock> {
+        let mut locks = self.acquire(&[resource], client_id.into(), lease, wait).await?;
+        locks.pop().ok_or_else(|| Error::refused("a lock", "it was not granted"))
+    }
+
+    /// As [`acquire_lock`](TransactionManager::acquire_lock), without waiting.
+    ///
+    /// # Errors
+    /// As [`acquire_lock`](TransactionManager::acquire_lock).
+    pub async fn try_acquire_lock(
+        &self,
+        resource: impl AsRef<str>,
+        client_id: impl Into<String>,
+        lease: Duration,
+    ) -> Result<DistributedLock> {
+        self.acquire_lock_within(resource, client_id, lease, Duration::ZERO).await
+    }
+
+    /// Acquires the locks of several resources in one commit: all of them or none, so that nobody
+    /// holds some while waiting for others, and no deadlock is possible. They come in the order asked.
+    /// Waits for `duration` at most until all are free at the same time.
+    ///
+    /// # Errors
+    /// As [`acquire_lock`](TransactionManager::acquire_lock); [`Error::InvalidState`] when a resource is
+    /// named twice.
+    pub async fn acquire_locks<R: AsRef<str>>(
+        &self,
+        resources: &[R],
+        client_id: impl Into<String>,
+        duration: Duration,
+    ) -> Result<Vec<DistributedLock>> {
+        self.acquire(resources, client_id.into(), duration, duration).await
+    }
+
+    /// Gives a lock back, by its [`lock_token`](DistributedLock::lock_token). Once more is harmless.
+    ///
+    /// # Errors
+    /// [`Error::LockLost`] when the token is not that of the newest grant.
+    pub async fn release_lock(
+        &self,
+        resource: impl AsRef<str>,
+        lock_token: impl AsRef<str>,
+    ) -> Result<()> {
+        let (resource, lock_token) = (resource.as_ref(), lock_token.as_ref());
+        let key = lock_key(&self.governor, resource)?;
+        if let Some(grant) = self.records.locks.grant(lock_token)
+            && *grant.key() == key
+        {
+            return grant.release().await;
+        }
+        let deadline = self.records.deadline();
+        loop {
+            let keys = [key.clone()];
+            let (found, _) = self.records.look_at_leases(&keys, deadline).await?;
+            let found = found.into_iter().next().flatten();
+            let lost = |fencing_token, reason: &str| Error::LockLost {
+                resource: resource.to_owned(),
+                fencing_token,
+                reason: reason.to_owned(),
+            };
+            let Some(FoundLease { lease, revision }) = found else {
+                return Err(lost(0, "it was never granted here"));
+            };
+            if lease.lock_token != lock_token {
+                return Err(lost(lease.fencing_token, "the lock token is that of another grant"));
+            }
+            if !lease.held {
+                return Ok(());
+            }
+            let write = [(&key, lease.released(), Some(revision))];
+            if self.records.put_leases(&write, deadline).await?.is_some() {
+                return Ok(());
+            }
+            if deadline.is_over() {
+                let operation = format!("releasing the lock {resource}");
+                return Err(Error::Timeout { operation, after: deadline.limit() });
+            }
+        }
+    }
+
+    /// All locks that were ever granted, ascending by name.
+    ///
+    /// # Errors
+    /// What reading meets.
+    pub async fn list_locks(&self) -> Result<Vec<LockRecord>> {
+        let governor = Name::escape(&self.governor, "governor id")?;
+        let (all, now) = self.records.all_leases(&governor).await?;
+        Ok(all
+            .iter()
+            .map(|(key, found)| LockRecord::new(&self.records, key, found, &now))
+            .collect())
+    }
+
+    /// The lock of a resource; `None` when it was never granted.
+    ///
+    /// # Errors
+    /// What reading meets.
+    pub async fn lock_record(&self, resource: impl AsRef<str>) -> Result<Option<LockRecord>> {
+        let key = lock_key(&self.governor, resource.as_ref())?;
+        let keys = [key.clone()];
+        let (found, now) = self.records.look_at_leases(&keys, self.records.deadline()).await?;
+        let found = found.into_iter().next().flatten();
+        Ok(found.map(|found| LockRecord::new(&self.records, &key, &found, &now)))
+    }
+
+    /// Takes a lock away from whoever holds it, and says whose it was; `None` when nobody held it. The
+    /// holder's fenced writes fail from then on; what it does elsewhere is not stopped by this.
+    ///
+    /// # Errors
+    /// What reading and writing meet.
+    pub async fn break_lock(&self, resource: impl AsRef<str>) -> Result<Option<LockRecord>> {
+        let key = lock_key(&self.governor, resource.as_ref())?;
+        let deadline = self.records.deadline();
+        loop {
+            let keys = [key.clone()];
+            let (found, now) = self.records.look_at_leases(&keys, deadline).await?;
+            let Some(found) = found.into_iter().next().flatten().filter(|f| f.lease.held) else {
+                return Ok(None);
+            };
+            let write = [(&key, found.lease.released(), Some(found.revision))];
+            if self.records.put_leases(&write, deadline).await?.is_some() {
+                return Ok(Some(LockRecord::new(&self.records, &key, &found, &now)));
+            }
+            if deadline.is_over() {
+                let operation = format!("breaking the lock {}", key.name.id());
+                return Err(Error::Timeout { operation, after: deadline.limit() });
+            }
+        }
+    }
+
+    /// Marks locks as free whose leases have ended without a release; returns how many. Nothing
+    /// depends on it: whoever wants such a lock gets it anyway. Fencing tokens stay.
+    ///
+    /// # Errors
+    /// What reading and writing meet.
+    pub async fn cleanup_expired_locks(&self) -> Result<u64> {
+        let governor = Name::escape(&self.governor, "governor id")?;
+        let (all, now) = self.records.all_leases(&governor).await?;
+        let mut freed = 0;
+        for (key, found) in all {
+            let is_over = self.records.locks.standing(&key, &found, &now) == Standing::Free;
+            if found.lease.held && is_over {
+                let write = [(&key, found.lease.released(), Some(found.revision))];
+                // One that was taken meanwhile stays with whoever took it.
+                let done = self.records.put_leases(&write, self.records.deadline()).await?;
+                freed += u64::from(done.is_some());
+            }
+        }
+        Ok(freed)
+    }
+
+    async fn acquire<R: AsRef<str>>(
+        &self,
+        resources: &[R],
+        client_id: String,
+        lease: Duration,
+        wait: Duration,
+    ) -> Result<Vec<DistributedLock>> {
+        let mut pursuit = self.pursuit(resources, client_id, lease)?;
+        let waiting = Deadline::after(wait);
+        // First come, first served; who wants several waits for no line, so that nobody waits for
+        // one who waits for him.
+        let place = match pursuit.keys.as_slice() {
+            [key] if !wait.is_zero() => Some(self.records.locks.lines.join(&place_of(key))),
+            _ => None,
+        };
+        let turn = match &place {
+            Some(place) => place.turn_within(waiting.left()).await,
+            None => None,
+        };
+        let mut alarm: Option<Watch> = None;
+        let mut late_tries = 0;
+        loop {
+            let asked = Stopwatch::start();
+            // A look must have its time, however short the wait.
+            let deadline = self.records.deadline();
+            let (found, moment) = self.records.look_at_leases(&pursuit.keys, deadline).await?;
+            let anchor = Anchor { moment, asked };
+            let Some((held_by, key, left)) = self.who_holds(&pursuit, &found, &anchor) else {
+                if let Some(locks) = self.take(&mut pursuit, &found, anchor, deadline).await? {
+                    return Ok(locks);
+                }
+                // Somebody was faster: the next look says who.
+                late_tries += u32::from(waiting.is_over());
+                if late_tries > LATE_TRIES {
+                    return Err(held("others", pursuit.keys.first(), 0));
+                }
+                tokio::time::sleep(jitter(SPREAD)).await;
+                continue;
+            };
+            if waiting.is_over() || (place.is_some() && turn.is_none()) {
+                return Err(held(&held_by.client_id, Some(&key), held_by.fencing_token));
+            }
+            if alarm.is_none() {
+                match self.records.watch_lock(&key, waiting).await {
+                    // What changed before it rang for us is seen by looking once more.
+                    Ok(opened) => {
+                        alarm = Some(opened);
+                        continue;
+                    }
+                    Err(error) => tracing::warn!(%error, "a lock is looked at by turns"),
+                }
+            }
+            let rest = left.min(waiting.left());
+            match &mut alarm {
+                Some(watch) => {
+                    let rung = tokio::time::timeout(rest.min(LOOK_AGAIN), watch.ring()).await;
+                    // One that broke, or that rings for another of several, is opened anew.
+                    if matches!(rung, Ok(Err(_))) || pursuit.keys.len() > 1 {
+                        alarm = None;
+                    }
+                }
+                None => tokio::time::sleep((POLL / 2 + jitter(POLL)).min(rest)).await,
+            }
+            let spread = if self.records.reads_are_cheap() { SPREAD / 10 } else { SPREAD };
+            tokio::time::sleep(jitter(spread)).await;
+        }
+    }
+
+    fn pursuit<R: AsRef<str>>(
+        &self,
+        resources: &[R],
+        client_id: String,
+        lease: Duration,
+    ) -> Result<Pursuit> {
+        let (mut keys, mut wanted) = (Vec::new(), Vec::new());
+        for resource in resources {
+            let resource = resource.as_ref();
+            let key = lock_key(&self.governor, resource)?;
+            if keys.contains(&key) {
+                return Err(Error::refused(
+                    format!("the lock {resource}"),
+                    "it is asked for twice",
+                ));
+            }
+            let lock_token = random_id().to_string();
+            let want = Wanted { client_id: client_id.clone(), lock_token, lease };
+            want.check(resource)?;
+            keys.push(key);
+            wanted.push(want);
+        }
+        let runtime = Handle::current();
+        Ok(Pursuit { records: Arc::clone(&self.records), keys, wanted, runtime, may_have: false })
+    }
+
+    /// Who stands in the way, and for how long at most, if he does not renew.
+    fn who_holds(
+        &self,
+        pursuit: &Pursuit,
+        found: &[Option<FoundLease>],
+        anchor: &Anchor,
+    ) -> Option<(Lease, Key, Duration)> {
+        let mut first: Option<(Lease, Key, Duration)> = None;
+        for ((key, wanted), found) in pursuit.keys.iter().zip(&pursuit.wanted).zip(found) {
+            let Some(found) = found else { continue };
+            // A grant of ours that was not answered.
+            if found.lease.lock_token == wanted.lock_token {
+                continue;
+            }
+            let left = match self.records.locks.standing(key, found, &anchor.moment) {
+                Standing::Free => continue,
+                Standing::Held(left) | Standing::Watch(left) => left,
+            };
+            // Waiting for one is not enough while another is held for longer.
+            if first.as_ref().is_none_or(|(_, _, longest)| left > *longest) {
+                first = Some((found.lease.clone(), key.clone(), left));
+            }
+        }
+        first
+    }
+
+    /// Takes all locks, which were found free; `None` when somebody was faster, or it took longer than
+    /// the lease.
+    async fn take(
+        &self,
+        pursuit: &mut Pursuit,
+        found: &[Option<FoundLease>],
+        anchor: Anchor,
+        deadline: Deadline,
+    ) -> Result<Option<Vec<DistributedLock>>> {
+        let sent = Stopwatch::start();
+        let now = Now { moment: anchor.now(), wall: self.records.options().clock.now() };
+        let mut leases = Vec::with_capacity(found.len());
+        for ((key, wanted), found) in pursuit.keys.iter().zip(&pursuit.wanted).zip(found) {
+            let before = found.as_ref().map(|found| &found.lease);
+            let lease = match before {
+                Some(ours) if ours.lock_token == wanted.lock_token && ours.held => {
+                    ours.renewed(&now)
+                }
+                before => Lease::grant(before, wanted, &now)?,
+            };
+            leases.push((key, lease, found.as_ref().map(|found| found.revision)));
+        }
+        pursuit.may_have = true;
+        let Some(revisions) = self.records.put_leases(&leases, deadline).await? else {
+            return Ok(None);
+        };
+        // What took longer than the lease may be another's by now; what was granted is looked at anew.
+        if leases.iter().any(|(_, lease, _)| sent.elapsed() >= lease.lease) {
+            return Ok(None);
+        }
+        let mut locks = Vec::with_capacity(leases.len());
+        for ((key, lease, _), revision) in leases.into_iter().zip(revisions) {
+            let store = Some(self.records.identity().store);
+            let token = Token::new(key.clone(), lease.fencing_token, store, Some(revision));
+            let (records, anchor) = (Arc::clone(&self.records), anchor.clone());
+            let grant = Arc::new(Grant::new(records, Arc::new(token), lease.clone(), anchor));
+            self.records.locks.keep(&lease.lock_token, &grant);
+            let renewal = tokio::spawn(Arc::clone(&grant).keep(sent)).abort_handle();
+            tracing::debug!(resource = %key.name, token = lease.fencing_token, "a lock was granted");
+            locks.push(DistributedLock {
+                resource: key.name.id(),
+                client_id: lease.client_id,
+                lock_token: lease.lock_token,
+                fencing_token: lease.fencing_token,
+                grant,
+                renewal,
+                runtime: pursuit.runtime.clone(),
+            });
+        }
+        pursuit.may_have = false;
+        Ok(Some(locks))
+    }
+}
+
+fn held(by: &str, key: Option<&Key>, fencing_token: u64) -> Error {
+    let resource = key.map_or_else(String::new, |key| key.name.id());
+    Error::LockHeld { resource, held_by: by.to_owned(), fencing_token }
+}
+
+/// Where those stand who wait for a lock.
+fn place_of(key: &Key) -> crate::keys::Address {
+    crate::keys::Address { governor: key.governor.clone(), state: key.name.clone() }
+}
