@@ -293,6 +293,7 @@ impl TransactionManager {
         let key = lock_key(&self.governor, resource)?;
         if let Some(grant) = self.records.locks.grant(lock_token)
             && *grant.key() == key
+            && grant.state() != State::Released
         {
             return grant.release().await;
         }

@@ -57,8 +57,9 @@ pub struct Completed<T> {
 /// What an attempt that lost leaves to the next.
 #[derive(Debug, Default)]
 struct Lost {
-    /// What it wrote, in order.
-    written: Vec<Address>,
+    /// Where the next attempt stands in line, in order: first for what it wrote, and when that was not
+    /// enough for all that it touched, so that it cannot lose to others here for ever.
+    line: Vec<Address>,
     /// Whether it touched one state alone.
     is_single: bool,
 }
@@ -339,7 +340,7 @@ impl TransactionManager {
     /// nobody waits for one who waits for him. Returns the end of the line for one that stands alone.
     async fn stand_in_line(&self, lost: &Lost, deadline: Deadline) -> (Held, Option<Pending>) {
         let mut held = Held::default();
-        for address in &lost.written {
+        for address in &lost.line {
             let place = self.records.lines.join(address);
             let turn = place.turn_within(PATIENCE.min(deadline.left())).await;
             held.places.push((place, turn));
@@ -390,6 +391,19 @@ impl TransactionManager {
                     return Err(Attempt::Failed(Error::refused(address.to_string(), reason)));
                 };
                 groups.push(Steps { base, transitions: touched.steps });
+            }
+        }
+        // Whoever stands in line must not lose to one who does not.
+        if held.places.is_empty() && !groups.is_empty() {
+            for address in groups.iter().filter_map(|group| Some(&group.first()?.address)) {
+                let place = self.records.lines.join(address);
+                let Some(turn) = place.turn_now() else {
+                    let seen = groups.iter().find_map(|group| group.base.as_ref());
+                    let version = seen.map_or(0, |known| known.head.version());
+                    let conflict = crate::records::version_conflict(address, version, version);
+                    return Err(Attempt::Lost(conflict, Sleep::No));
+                };
+                held.places.push((place, Some(turn)));
             }
         }
         if !self.records.options().checks_reads() && !groups.is_empty() {
@@ -479,10 +493,12 @@ impl<'a> Note<'a> {
     /// Notes what an attempt has touched.
     fn touched(&mut self, work: &Work) -> Lost {
         (self.record.reads, self.record.writes) = work.touched();
-        let written = work.states.iter().filter(|(_, touched)| !touched.steps.is_empty());
-        let written: Vec<Address> = written.map(|(address, _)| address.clone()).collect();
-        let is_single = work.states.len() == 1 && written.len() == 1;
-        Lost { written, is_single }
+        let is_first = self.record.attempts == 1;
+        let wanted = work.states.iter().filter(|(_, touch)| !is_first || !touch.steps.is_empty());
+        let line: Vec<Address> = wanted.map(|(address, _)| address.clone()).collect();
+        let is_single =
+            work.states.len() == 1 && work.states.values().all(|touch| !touch.steps.is_empty());
+        Lost { line, is_single }
     }
 
     fn write(&mut self) {
