@@ -267,7 +267,7 @@ fn pending(entry: &Entry) -> Option<Pending> {
     Some(Pending { head, outcome: entry.outcome.subscribe() })
 }
 
-/// It was not sent: to be planned again.
+/// It was not sent, since what it was planned on is not there: to be planned again.
 fn stale(entry: Entry, alone: bool) {
     let error = match entry.new.steps.first() {
         Some(step) => {
@@ -342,8 +342,13 @@ impl Records {
             }
         };
         if !fits {
+            let newest = waiting.end.as_ref().map(|end| end.head.version());
+            let newest = newest.or_else(|| Some(waiting.durable.as_ref()?.head.version()));
             drop(waiting);
-            stale(entry, false);
+            let planned_on = base.head().map_or(0, |head| head.version());
+            let newest = newest.unwrap_or(planned_on);
+            let error = version_conflict(&place.address, planned_on, newest);
+            entry.answer(Err(Refused { stale: true, ..Refused::from(error) }));
             return receipt;
         }
         waiting.end = pending(&entry);

@@ -111,6 +111,82 @@ async fn emulator() {
     every_fault_at_every_place(Arc::new(FirestoreBackend::open(config).await.unwrap())).await;
 }
 
+/// With an idempotency key and under a lock the same holds: whatever becomes of a commit, it is applied
+/// once, and the same call again finds its answer.
+async fn keyed_and_fenced(inner: Arc<dyn Backend>) {
+    let clean = store(Arc::clone(&inner), []);
+    let lock = TransactionManager::new(&clean)
+        .acquire_lock("r", "me", Duration::from_secs(60))
+        .await
+        .unwrap();
+    for (n, fault) in FAULTS.into_iter().enumerate() {
+        for place in 0..4usize {
+            let what = format!("{fault:?} at {place}");
+            let faults = vec![CommitFault::None; place].into_iter().chain([fault, fault]);
+            let store = store(Arc::clone(&inner), faults).fenced_by(&lock);
+            let id = format!("k{n}-{place}");
+            let once = store.idempotency_key(&id).unwrap();
+            for _ in 0..2 {
+                let saved = once.save_state("g", &id, counter(1), why()).await;
+                assert_eq!(saved.unwrap_or_else(|error| panic!("{what}: {error}")), 1);
+            }
+            let manager = TransactionManager::new(&store);
+            for _ in 0..3 {
+                let answer = manager
+                    .execute_once("g", format!("t {id}"), |tx| {
+                        let id = id.clone();
+                        async move {
+                            let (state, version) = tx.get_state("g", &id).await?;
+                            tx.update_state("g", &id, state, version, why()).await?;
+                            tx.save_state("g", format!("{id}-other"), counter(1), why()).await?;
+                            Ok(version)
+                        }
+                    })
+                    .await;
+                assert_eq!(answer.unwrap_or_else(|error| panic!("{what}: {error}")), 1);
+            }
+            assert_eq!(clean.get_state("g", &id).await.unwrap().1, 2, "{what}");
+        }
+    }
+    // Locks themselves: granted once, whatever becomes of the answer.
+    for (n, fault) in FAULTS.into_iter().enumerate() {
+        for place in 0..4u64 {
+            let faults = vec![CommitFault::None; place as usize].into_iter().chain([fault, fault]);
+            let manager = TransactionManager::new(store(Arc::clone(&inner), faults));
+            let name = format!("lock {n} {place}");
+            for token in 1..=3 {
+                let lease = Duration::from_secs(60);
+                let lock = manager.acquire_lock(&name, "me", lease).await.unwrap();
+                assert_eq!(lock.fencing_token, token, "{fault:?} at {place}");
+                lock.release().await.unwrap();
+            }
+        }
+    }
+    let report = clean.verify(|_| {}).await.unwrap();
+    assert!(report.ok, "{:?}", report.problems);
+    assert_eq!(report.events, 5 * 4 * 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keyed_and_fenced_in_memory() {
+    keyed_and_fenced(Arc::new(MemoryBackend::new())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keyed_and_fenced_in_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.tai");
+    keyed_and_fenced(Arc::new(EmbeddedBackend::open(&path, true, false).await.unwrap())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keyed_and_fenced_on_the_emulator() {
+    let Some(emulator) = Emulator::shared().await else { return };
+    let mut config = FirestoreConfig::new(fresh_project());
+    config.emulator = Some(emulator.address().to_owned());
+    keyed_and_fenced(Arc::new(FirestoreBackend::open(config).await.unwrap())).await;
+}
+
 /// Writers who lose answers at random race for a few states: what they were told is what happened.
 #[tokio::test(flavor = "multi_thread")]
 async fn racing_writers_with_lost_answers() {

@@ -5,9 +5,13 @@
 #[macro_use]
 mod common;
 
+use std::sync::Arc;
+
 use common::{Make, balance, counter, open, options, proved, snapshot, why};
 use serde_json::json;
-use tai_state::{Error, PersistenceConfig, RetryPolicy, StateStore, TransactionManager};
+use tai_state::{
+    Error, PersistenceConfig, RetryPolicy, StateStore, TransactionManager, TransactionStatus,
+};
 
 on_every_backend![
     transactions_are_all_or_nothing,
@@ -17,6 +21,10 @@ on_every_backend![
     read_write_transactions,
     a_handle_outlives_its_transaction_harmlessly,
     several_changes_of_one_state_in_one_transaction,
+    the_specification_s_pattern_3,
+    the_specification_s_chaos_test,
+    transactions_are_logged,
+    several_governors_in_one_transaction,
 ];
 
 async fn bank(store: &StateStore, accounts: u64) {
@@ -239,4 +247,134 @@ async fn several_changes_of_one_state_in_one_transaction(make: Make<'_>) {
     let report = store.verify(|_| {}).await.unwrap();
     assert!(report.ok, "{:?}", report.problems);
     assert_eq!((report.events, report.snapshots), (15, 1));
+}
+
+/// The specification's third pattern, with its arithmetic on JSON spelled out.
+async fn the_specification_s_pattern_3(make: Make<'_>) {
+    let store = Arc::new(open(make));
+    for id in ["account_a", "account_b"] {
+        let money = snapshot(id, json!({"balance": 500}));
+        store.save_state("gov1", id, money, why()).await.unwrap();
+    }
+    let metadata = why();
+    let manager = TransactionManager::new(store.clone());
+    let run = async || -> tai_state::Result<()> {
+        manager
+            .execute_transaction("governor1", |store| {
+                let metadata = metadata.clone();
+                Box::pin(async move {
+                    // Read
+                    let (account_a, ver_a) = store.get_state("gov1", "account_a").await?;
+                    let (account_b, ver_b) = store.get_state("gov1", "account_b").await?;
+                    // Compute
+                    let mut new_a = account_a.clone();
+                    let mut new_b = account_b.clone();
+                    new_a.data["balance"] = json!(new_a.data["balance"].as_i64().unwrap() - 100);
+                    new_b.data["balance"] = json!(new_b.data["balance"].as_i64().unwrap() + 100);
+                    // Write (atomic)
+                    store.update_state("gov1", "account_a", new_a, ver_a, metadata.clone()).await?;
+                    store.update_state("gov1", "account_b", new_b, ver_b, metadata).await?;
+                    Ok(())
+                })
+            })
+            .await
+    };
+    for _ in 0..3 {
+        run().await.unwrap();
+    }
+    let all = store.batch_get_states("gov1", &["account_a", "account_b"]).await.unwrap();
+    assert_eq!(all.iter().map(balance).collect::<Vec<_>>(), [200, 800]);
+    proved(&store).await;
+}
+
+/// The specification's chaos test: tasks that modify one state; some succeed, some conflict, and the
+/// count is that of the successes.
+async fn the_specification_s_chaos_test(make: Make<'_>) {
+    let store = Arc::new(open(make));
+    store.save_state("gov1", "counter", counter(0), why()).await.unwrap();
+    let mut tasks = vec![];
+    for _ in 0..10 {
+        let store_clone = store.clone();
+        tasks.push(tokio::spawn(async move {
+            let (mut state, version) = store_clone.get_state("gov1", "counter").await?;
+            state.data["count"] = json!(state.data["count"].as_u64().unwrap() + 1);
+            store_clone.update_state("gov1", "counter", state, version, why()).await
+        }));
+    }
+    let mut successes = 0;
+    for task in tasks {
+        match task.await.unwrap() {
+            Ok(_) => successes += 1,
+            Err(error) => assert!(matches!(error, Error::VersionConflict { .. }), "{error}"),
+        }
+    }
+    assert!(successes > 0);
+    let (state, version) = store.get_state("gov1", "counter").await.unwrap();
+    assert_eq!((state.data["count"].as_u64().unwrap(), version), (successes, successes + 1));
+    proved(&store).await;
+}
+
+async fn transactions_are_logged(make: Make<'_>) {
+    let store = open(make);
+    bank(&store, 2).await;
+    let manager = TransactionManager::new(&store).with_log_of(4);
+    let ran = tokio::spawn({
+        let manager = manager.clone();
+        async move {
+            manager
+                .run(|tx| async move {
+                    tx.get_state("bank", "account-0").await?;
+                    tx.save_state("bank", "account-1", counter(1), why()).await
+                })
+                .await
+        }
+    });
+    let ran = ran.await.unwrap().unwrap();
+    assert_eq!((ran.attempts, ran.reads, ran.writes), (1, 2, 1));
+    assert_eq!(ran.status, TransactionStatus::Committed);
+    let read = manager.execute_transaction("audit", |tx| async move {
+        tx.batch_get_states("bank", &["account-0", "none"]).await
+    });
+    read.await.unwrap();
+    let failed = manager.execute_transaction("bank", |tx| async move {
+        tx.save_state("bank", "account-0", counter(1), why()).await?;
+        tx.get_state("bank", "none").await
+    });
+    failed.await.unwrap_err();
+    let log = manager.transaction_log();
+    let statuses: Vec<_> = log.iter().map(|record| record.status).collect();
+    use TransactionStatus::{Committed, Failed, ReadOnly};
+    assert_eq!(statuses, [Committed, ReadOnly, Failed]);
+    assert_eq!(log[0].id, ran.transaction_id);
+    let touched = |states: &[tai_state::TouchedState]| {
+        states.iter().map(|s| (s.state_id.clone(), s.version)).collect::<Vec<_>>()
+    };
+    let both = [("account-0".to_owned(), 1), ("account-1".to_owned(), 1)];
+    assert_eq!(touched(&log[0].reads), both);
+    assert_eq!(touched(&log[0].writes), [("account-1".to_owned(), 2)]);
+    assert_eq!(touched(&log[1].reads), [("account-0".to_owned(), 1), ("none".to_owned(), 0)]);
+    assert_eq!(log[1].governor, "audit");
+    assert!(log[2].reason.as_ref().unwrap().contains("none"), "{:?}", log[2].reason);
+    let event = store.event("bank", "account-1", 2).await.unwrap();
+    assert_eq!(event.metadata.context[tai_state::TRANSACTION_CONTEXT], json!(log[0].id));
+    for _ in 0..5 {
+        manager.run(|_| async { Ok(()) }).await.unwrap();
+    }
+    assert_eq!(manager.transaction_log().len(), 4, "the log is bounded");
+}
+
+async fn several_governors_in_one_transaction(make: Make<'_>) {
+    let store = open(make);
+    let manager = TransactionManager::new(&store);
+    let run = manager.execute_transaction("a", |tx| async move {
+        tx.save_state("a", "x", counter(1), why()).await?;
+        tx.save_state("b", "x", counter(2), why()).await?;
+        let from = tx.get_state("b", "x").await?.0;
+        tx.log_transition("b", Some(&from), &snapshot("x", json!(3)), "act", why()).await
+    });
+    let event = run.await.unwrap();
+    assert_eq!((event.action.as_str(), event.version()), ("act", 2));
+    assert_eq!(store.get_state("a", "x").await.unwrap().1, 1);
+    assert_eq!(store.get_state("b", "x").await.unwrap().1, 2);
+    proved(&store).await;
 }

@@ -549,3 +549,57 @@ async fn refusals_of_the_service_say_what_to_do() {
         wire.proxy.clear_rules();
     }
 }
+
+/// Locks, fenced writes and idempotency keys, counted; and writers of one state, who share commits.
+#[tokio::test(flavor = "multi_thread")]
+async fn round_trips_of_locks_and_keys() {
+    let Some(wire) = Wire::new().await else { return };
+    let store = wire.store(StoreOptions::default()).await;
+    let manager = TransactionManager::new(&store);
+    let hour = Duration::from_secs(3_600);
+    wire.used();
+    let lock = manager.acquire_lock("r", "me", hour).await.unwrap();
+    wire.assert_used("acquire_lock, new", &[(GET, 1), (COMMIT, 1)], (1, 1, 0));
+    store.fenced_by(&lock).save_state("g", "s", counter(1), why()).await.unwrap();
+    wire.assert_used("a fenced write", &[(COMMIT, 1)], (0, 3, 0));
+    let refused = manager.try_acquire_lock("r", "other", hour).await;
+    assert!(matches!(refused, Err(Error::LockHeld { .. })));
+    wire.assert_used("try_acquire_lock, held", &[(GET, 1)], (1, 0, 0));
+    manager.release_lock("r", &lock.lock_token).await.unwrap();
+    wire.assert_used("release_lock", &[(COMMIT, 1)], (0, 1, 0));
+    drop(lock);
+    let lock = manager.acquire_lock("r", "me", hour).await.unwrap();
+    wire.assert_used("acquire_lock, free", &[(GET, 1), (COMMIT, 1)], (1, 1, 0));
+    let locks = manager.acquire_locks(&["a", "b", "c"], "me", hour).await.unwrap();
+    wire.assert_used("acquire_locks", &[(GET, 1), (COMMIT, 1)], (3, 3, 0));
+    for lock in locks.into_iter().chain([lock]) {
+        lock.release().await.unwrap();
+    }
+    wire.used();
+
+    let once = store.idempotency_key("k").unwrap();
+    once.save_state("g", "new", counter(1), why()).await.unwrap();
+    wire.assert_used("a keyed write", &[(COMMIT, 1)], (0, 3, 0));
+    once.save_state("g", "new", counter(1), why()).await.unwrap();
+    let used = wire.used();
+    // Tried on what is remembered, refused, and answered by what is there.
+    assert!(used.calls[COMMIT] <= 1 && used.calls[GET] <= 3, "the same again: {used:?}");
+    assert_eq!(store.get_state("g", "new").await.unwrap().1, 1);
+    wire.used();
+
+    // Eight tasks, one handle, one state.
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..8 {
+        let store = store.clone();
+        tasks.spawn(async move {
+            for n in 0..20 {
+                store.save_state("g", "hot", counter(task * 100 + n), why()).await.unwrap();
+            }
+        });
+    }
+    tasks.join_all().await;
+    let used = wire.used();
+    assert_eq!(store.get_state("g", "hot").await.unwrap().1, 160);
+    println!("160 changes of one state by 8 tasks: {} commits", used.calls[COMMIT]);
+    assert!(used.calls[COMMIT] <= 80, "{used:?}");
+}
