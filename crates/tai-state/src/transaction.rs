@@ -170,7 +170,7 @@ impl Transaction {
         &self.id
     }
 
-    /// As [`StateStore::get_state`], on the transaction's cut and its own writes.
+    /// As [`StateStore::get_state`](crate::StateStore::get_state), on the transaction's cut and its own writes.
     ///
     /// # Errors
     /// [`Error::StateNotFound`].
@@ -188,7 +188,7 @@ impl Transaction {
         Ok((head.change.snapshot(), head.version()))
     }
 
-    /// As [`StateStore::batch_get_states`], on the transaction's cut and its own writes.
+    /// As [`StateStore::batch_get_states`](crate::StateStore::batch_get_states), on the transaction's cut and its own writes.
     ///
     /// # Errors
     /// What reading meets.
@@ -204,7 +204,7 @@ impl Transaction {
         Ok(heads.filter(|head| !head.change.deleted).map(|head| head.change.snapshot()).collect())
     }
 
-    /// As [`StateStore::exists`], on the transaction's cut and its own writes.
+    /// As [`StateStore::exists`](crate::StateStore::exists), on the transaction's cut and its own writes.
     ///
     /// # Errors
     /// What reading meets.
@@ -216,7 +216,7 @@ impl Transaction {
         }
     }
 
-    /// As [`StateStore::save_state`]; the version it returns comes true with the commit.
+    /// As [`StateStore::save_state`](crate::StateStore::save_state); the version it returns comes true with the commit.
     ///
     /// # Errors
     /// [`Error::InvalidState`], [`Error::TooLarge`].
@@ -234,7 +234,7 @@ impl Transaction {
             .version())
     }
 
-    /// As [`StateStore::update_state`]; the version it returns comes true with the commit.
+    /// As [`StateStore::update_state`](crate::StateStore::update_state); the version it returns comes true with the commit.
     ///
     /// # Errors
     /// [`Error::VersionConflict`] when the state has another version in the transaction's cut.
@@ -251,7 +251,7 @@ impl Transaction {
         Ok(self.write(store::put(address, "update", new, expect, metadata)?).await?.version())
     }
 
-    /// As [`StateStore::delete_state`]; the version it returns comes true with the commit.
+    /// As [`StateStore::delete_state`](crate::StateStore::delete_state); the version it returns comes true with the commit.
     ///
     /// # Errors
     /// [`Error::StateNotFound`], [`Error::VersionConflict`].

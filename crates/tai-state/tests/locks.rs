@@ -203,7 +203,7 @@ async fn a_dead_holder_s_lease_ends(make: Make<'_>) {
     let manager = TransactionManager::new(store.clone());
     let lease = ms(1_000);
     let (_, token) = grant_of_a_dead_holder(&store, "r", lease).await;
-    let dead_since = std::time::Instant::now();
+    let dead_since = tokio::time::Instant::now();
     let early = manager.try_acquire_lock("r", "b", lease).await;
     assert!(matches!(early, Err(Error::LockHeld { .. })), "taken before the lease ended");
     let lock = manager.acquire_lock_within("r", "b", lease, SOON).await.unwrap();
@@ -263,7 +263,7 @@ async fn renewals_do_not_upset_fenced_writes(make: Make<'_>) {
     for task in 0..8 {
         let fenced = fenced.clone();
         tasks.spawn(async move {
-            let started = std::time::Instant::now();
+            let started = tokio::time::Instant::now();
             let mut done = 0;
             while started.elapsed() < ms(800) {
                 fenced.save_state("g", format!("s{task}"), counter(done), why()).await?;

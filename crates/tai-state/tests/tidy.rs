@@ -61,6 +61,7 @@ fn the_words_of_the_domain_know_no_backend_and_do_not_wait() {
         "replay.rs",
         "error.rs",
         "config.rs",
+        "lease.rs",
     ];
     let library = library();
     for word in words {
@@ -95,6 +96,12 @@ fn only_records_calls_the_port() {
         "verify.rs",
         "walk.rs",
         "transaction.rs",
+        "manager.rs",
+        "lock.rs",
+        "grant.rs",
+        "fence.rs",
+        "conditions.rs",
+        "lines.rs",
         "query.rs",
         "feed.rs",
     ];
@@ -117,7 +124,13 @@ fn fields_are_spelled_in_one_place() {
             continue;
         }
         let code = product(&text);
-        for field in ["\"prev_hash\"", "\"to_state\"", "\"snapshot_versions\"", "\"event_id\""] {
+        for field in [
+            "\"prev_hash\"",
+            "\"to_state\"",
+            "\"snapshot_versions\"",
+            "\"event_id\"",
+            "\"lease_ms\"",
+        ] {
             assert!(!code.contains(field), "{name} spells the field {field}");
         }
     }
