@@ -10,6 +10,7 @@ use crate::clock::Stopwatch;
 use crate::error::{Error, Result};
 use crate::fence::Token;
 use crate::lease::{Lease, Now};
+use crate::leases::Put;
 use crate::patience::Deadline;
 use crate::records::Records;
 
@@ -165,7 +166,7 @@ impl Grant {
             let now = Now { moment: anchor.now(), wall: self.records.options().clock.now() };
             let lease = self.lease().renewed(&now);
             let write = [(self.key(), lease.clone(), self.token.seen())];
-            if let Some(revisions) = self.records.put_leases(&write, deadline).await? {
+            if let Put::Done(revisions) = self.records.put_leases(&write, deadline).await? {
                 revisions.first().into_iter().for_each(|revision| self.token.see(*revision));
                 self.set_lease(lease);
                 return Ok(());
@@ -208,7 +209,7 @@ impl Grant {
         loop {
             let lease = self.lease().released();
             let write = [(self.key(), lease, self.token.seen())];
-            if self.records.put_leases(&write, deadline).await?.is_some() {
+            if self.records.put_leases(&write, deadline).await?.is_done() {
                 break;
             }
             let keys = [self.key().clone()];

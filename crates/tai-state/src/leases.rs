@@ -27,6 +27,23 @@ pub(crate) struct FoundLease {
     pub(crate) revision: Revision,
 }
 
+/// What became of writing locks.
+#[derive(Debug)]
+pub(crate) enum Put {
+    /// Written; the revisions that they have now.
+    Done(Vec<Revision>),
+    /// Not now; an earlier sending of the same may have been.
+    Refused,
+    /// Nobody knows, and it may still be on its way.
+    Unclear,
+}
+
+impl Put {
+    pub(crate) fn is_done(&self) -> bool {
+        matches!(self, Self::Done(_))
+    }
+}
+
 /// What a handle knows of locks.
 #[derive(Debug, Default)]
 pub(crate) struct Locks {
@@ -97,13 +114,12 @@ impl Records {
         Ok((leases, moment))
     }
 
-    /// Writes locks, each over the one that was found; the revisions that they have then. `None` when
-    /// that was refused, or nobody knows: then look.
+    /// Writes locks, each over the one that was found. Whatever is not done asks for a look.
     pub(crate) async fn put_leases(
         &self,
         leases: &[(&Key, Lease, Option<Revision>)],
         deadline: Deadline,
-    ) -> Result<Option<Vec<Revision>>> {
+    ) -> Result<Put> {
         let mut writes = Vec::with_capacity(leases.len());
         for (key, lease, over) in leases {
             let guard = over.map_or(Precondition::Absent, Precondition::Revision);
@@ -113,10 +129,13 @@ impl Records {
         let mut tries = Tries::new(&self.options.retry, deadline);
         loop {
             let error = match tries.once(self.backend.commit(writes.clone())).await {
-                Some(Ok(committed)) => return Ok(committed.revisions.into_iter().collect()),
-                None | Some(Err(BackendError::Conflict | BackendError::Indeterminate(_))) => {
-                    return Ok(None);
+                Some(Ok(committed)) => {
+                    let revisions: Option<Vec<Revision>> =
+                        committed.revisions.into_iter().collect();
+                    return Ok(revisions.map_or(Put::Unclear, Put::Done));
                 }
+                Some(Err(BackendError::Conflict)) => return Ok(Put::Refused),
+                None | Some(Err(BackendError::Indeterminate(_))) => return Ok(Put::Unclear),
                 Some(Err(error)) => error,
             };
             let was_asked_to_wait = matches!(error, BackendError::Throttled(_));

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::fence::{Fence, Token, lock_key};
 use crate::grant::{Anchor, Grant, State};
 use crate::lease::{Lease, Now, Standing, Wanted};
-use crate::leases::FoundLease;
+use crate::leases::{FoundLease, Put};
 use crate::manager::TransactionManager;
 use crate::patience::Deadline;
 use crate::reader::Watch;
@@ -183,6 +183,17 @@ struct Pursuit {
     runtime: Handle,
     /// Whether a grant may have arrived that nobody knows of.
     may_have: bool,
+    /// Whether one may arrive yet.
+    is_unclear: bool,
+}
+
+impl Pursuit {
+    fn has_one_of(&self, found: &[Option<FoundLease>]) -> bool {
+        let tokens = self.wanted.iter().map(|wanted| &wanted.lock_token);
+        tokens.zip(found).any(|(token, found)| {
+            found.as_ref().is_some_and(|found| found.lease.held && found.lease.lock_token == *token)
+        })
+    }
 }
 
 impl Drop for Pursuit {
@@ -317,7 +328,7 @@ impl TransactionManager {
                 return Ok(());
             }
             let write = [(&key, lease.released(), Some(revision))];
-            if self.records.put_leases(&write, deadline).await?.is_some() {
+            if self.records.put_leases(&write, deadline).await?.is_done() {
                 return Ok(());
             }
             if deadline.is_over() {
@@ -367,7 +378,7 @@ impl TransactionManager {
                 return Ok(None);
             };
             let write = [(&key, found.lease.released(), Some(found.revision))];
-            if self.records.put_leases(&write, deadline).await?.is_some() {
+            if self.records.put_leases(&write, deadline).await?.is_done() {
                 return Ok(Some(LockRecord::new(&self.records, &key, &found, &now)));
             }
             if deadline.is_over() {
@@ -392,7 +403,7 @@ impl TransactionManager {
                 let write = [(&key, found.lease.released(), Some(found.revision))];
                 // One that was taken meanwhile stays with whoever took it.
                 let done = self.records.put_leases(&write, self.records.deadline()).await?;
-                freed += u64::from(done.is_some());
+                freed += u64::from(done.is_done());
             }
         }
         Ok(freed)
@@ -425,6 +436,7 @@ impl TransactionManager {
             let deadline = self.records.deadline();
             let (found, moment) = self.records.look_at_leases(&pursuit.keys, deadline).await?;
             let anchor = Anchor { moment, asked };
+            pursuit.may_have &= pursuit.is_unclear || pursuit.has_one_of(&found);
             let Some((held_by, key, left)) = self.who_holds(&pursuit, &found, &anchor) else {
                 if let Some(locks) = self.take(&mut pursuit, &found, anchor, deadline).await? {
                     return Ok(locks);
@@ -489,7 +501,8 @@ impl TransactionManager {
             wanted.push(want);
         }
         let runtime = Handle::current();
-        Ok(Pursuit { records: Arc::clone(&self.records), keys, wanted, runtime, may_have: false })
+        let records = Arc::clone(&self.records);
+        Ok(Pursuit { records, keys, wanted, runtime, may_have: false, is_unclear: false })
     }
 
     /// Who stands in the way, and for how long at most, if he does not renew.
@@ -541,8 +554,12 @@ impl TransactionManager {
             leases.push((key, lease, found.as_ref().map(|found| found.revision)));
         }
         pursuit.may_have = true;
-        let Some(revisions) = self.records.put_leases(&leases, deadline).await? else {
-            return Ok(None);
+        let revisions = match self.records.put_leases(&leases, deadline).await? {
+            Put::Done(revisions) => revisions,
+            put => {
+                pursuit.is_unclear |= matches!(put, Put::Unclear);
+                return Ok(None);
+            }
         };
         // What took longer than the lease may be another's by now; what was granted is looked at anew.
         if leases.iter().any(|(_, lease, _)| sent.elapsed() >= lease.lease) {

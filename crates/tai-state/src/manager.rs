@@ -1,5 +1,6 @@
 //! [`TransactionManager`]: runs transactions until they hold, and keeps locks.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,7 @@ use crate::keys::Address;
 use crate::lines::{Base, NewEntry, Pending, Place, Turn};
 use crate::patience::Deadline;
 use crate::proposal::{Beside, Guard, Proposal, Steps};
-use crate::records::Records;
+use crate::records::{Records, version_conflict};
 use crate::state::{ChangeMetadata, StateSnapshot};
 use crate::store::StateStore;
 use crate::transaction::{Seen, Transaction, Work};
@@ -64,10 +65,30 @@ struct Lost {
     is_single: bool,
 }
 
-/// The places in line that an attempt holds.
+/// The places in line that an attempt holds; the turn is missing where it was waited for too long.
 #[derive(Debug, Default)]
 struct Held {
-    places: Vec<(Place, Option<Turn>)>,
+    places: BTreeMap<Address, (Place, Option<Turn>)>,
+}
+
+impl Held {
+    /// Takes the turn of a state that was not waited for.
+    ///
+    /// # Errors
+    /// The conflict, when others stand in line there.
+    fn join(&mut self, records: &Records, address: &Address, version: u64) -> Result<(), Attempt> {
+        if self.places.contains_key(address) {
+            return Ok(());
+        }
+        let place = records.lines.join(address);
+        let Some(turn) = place.turn_now() else {
+            // At its end.
+            let conflict = version_conflict(address, version, version);
+            return Err(Attempt::Lost(conflict, Sleep::No));
+        };
+        self.places.insert(address.clone(), (place, Some(turn)));
+        Ok(())
+    }
 }
 
 /// Why an attempt did not hold.
@@ -340,16 +361,17 @@ impl TransactionManager {
     /// nobody waits for one who waits for him. Returns the end of the line for one that stands alone.
     async fn stand_in_line(&self, lost: &Lost, deadline: Deadline) -> (Held, Option<Pending>) {
         let mut held = Held::default();
+        let patience = Deadline::after(PATIENCE.min(deadline.left()));
         for address in &lost.line {
             let place = self.records.lines.join(address);
-            let turn = place.turn_within(PATIENCE.min(deadline.left())).await;
-            held.places.push((place, turn));
+            let turn = place.turn_within(patience.left()).await;
+            held.places.insert(address.clone(), (place, turn));
         }
         if lost.is_single {
-            let end = held.places.first().and_then(|(place, _)| place.end());
+            let end = held.places.values().next().and_then(|(place, _)| place.end());
             return (held, end);
         }
-        for (place, _) in &held.places {
+        for (place, _) in held.places.values() {
             while let Some(mut pending) = place.end() {
                 if deadline.is_over() || pending.is_durable().await {
                     break;
@@ -394,17 +416,8 @@ impl TransactionManager {
             }
         }
         // Whoever stands in line must not lose to one who does not.
-        if held.places.is_empty() && !groups.is_empty() {
-            for address in groups.iter().filter_map(|group| Some(&group.first()?.address)) {
-                let place = self.records.lines.join(address);
-                let Some(turn) = place.turn_now() else {
-                    let seen = groups.iter().find_map(|group| group.base.as_ref());
-                    let version = seen.map_or(0, |known| known.head.version());
-                    let conflict = crate::records::version_conflict(address, version, version);
-                    return Err(Attempt::Lost(conflict, Sleep::No));
-                };
-                held.places.push((place, Some(turn)));
-            }
+        for change in groups.iter().filter_map(Steps::first) {
+            held.join(&self.records, &change.address, change.version.saturating_sub(1))?;
         }
         if !self.records.options().checks_reads() && !groups.is_empty() {
             guards.clear();
@@ -433,18 +446,10 @@ impl TransactionManager {
         entry: NewEntry,
         held: &mut Held,
     ) -> Result<TransactionStatus, Attempt> {
-        let (place, turn) = match held.places.pop() {
-            Some(held) => held,
-            None => {
-                let place = self.records.lines.join(address);
-                let Some(turn) = place.turn_now() else {
-                    // Others stand in line: at its end.
-                    let version = base.head().map_or(0, |head| head.version());
-                    let conflict = crate::records::version_conflict(address, version, version);
-                    return Err(Attempt::Lost(conflict, Sleep::No));
-                };
-                (place, Some(turn))
-            }
+        held.join(&self.records, address, base.head().map_or(0, |head| head.version()))?;
+        let Some((place, turn)) = held.places.remove(address) else {
+            let reason = "it has no place in line";
+            return Err(Attempt::Failed(Error::refused(address.to_string(), reason)));
         };
         let receipt = self.records.submit(&place, base, entry);
         // Whoever is next can plan on it while it is under way.
@@ -463,7 +468,7 @@ impl TransactionManager {
 /// The conflict of what was decided on a head that has not become durable.
 pub(crate) fn gone(address: &Address, pending: &Pending) -> Error {
     let version = pending.head.version();
-    crate::records::version_conflict(address, version, version.saturating_sub(1))
+    version_conflict(address, version, version.saturating_sub(1))
 }
 
 /// The entry of the log, written when the transaction ends, however it ends.
