@@ -258,6 +258,15 @@ impl StateStore {
         Self { records, conditions: Conditions::default() }
     }
 
+    /// For tests: whether a change of this state is under way.
+    #[cfg(feature = "testing")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn is_changing(&self, governor: &str, state: &str) -> bool {
+        Address::new(governor, state)
+            .is_ok_and(|address| self.records.lines.join(&address).end().is_some())
+    }
+
     /// Which store this is.
     #[must_use]
     pub fn identity(&self) -> Identity {

@@ -411,3 +411,87 @@ async fn shared_commits_with_lost_answers() {
         assert!(told > 40, "{told} told, {unknown} unknown");
     }
 }
+
+/// A store whose second commit waits, and then fails for good; and what it stands on.
+async fn second_commit_fails() -> (FaultyBackend, StateStore) {
+    let inner: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
+    let options = options(|o| o.retry.base = Duration::from_micros(10));
+    let fails = vec![CommitFault::Unavailable; options.retry.max_attempts as usize];
+    let backend = FaultyBackend::new(inner, [CommitFault::None].into_iter().chain(fails));
+    let store = StateStore::with_backend(Arc::new(backend.clone()), options);
+    store.save_state("g", "s", counter(0), why()).await.unwrap();
+    backend.hold();
+    (backend, store)
+}
+
+/// Starts a change that will fail, and waits until it stands at the end of the line.
+async fn under_way(store: &StateStore) -> tokio::task::JoinHandle<Result<u64, Error>> {
+    let writer = store.clone();
+    let doomed = tokio::spawn(async move { writer.save_state("g", "s", counter(5), why()).await });
+    // It is handed in before it waits for its commit.
+    while !store.is_changing("g", "s") {
+        tokio::task::yield_now().await;
+    }
+    doomed
+}
+
+/// A conflict with a version that never became durable is none.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_conflicts_with_what_never_was() {
+    let (backend, store) = second_commit_fails().await;
+    let doomed = under_way(&store).await;
+    let other = store.clone();
+    let update =
+        tokio::spawn(async move { other.update_state("g", "s", counter(7), 1, why()).await });
+    // It stands in line and waits for what becomes of version 2.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!update.is_finished(), "it was told of what is not durable");
+    backend.let_go();
+    assert!(doomed.await.unwrap().is_err());
+    assert_eq!(update.await.unwrap().unwrap(), 2);
+    assert_eq!(count(&store.get_state("g", "s").await.unwrap().0), 7);
+    proved(&store).await;
+}
+
+/// An error that a closure decided on a head that never became durable does not count.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_fails_for_what_never_was() {
+    for looks_elsewhere in [true, false] {
+        let (backend, store) = second_commit_fails().await;
+        let doomed = under_way(&store).await;
+        let manager = TransactionManager::new(&store);
+        let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let noted = Arc::clone(&seen);
+        let backend = backend.clone();
+        let ran = tokio::spawn(async move {
+            manager
+                .execute_transaction("g", |tx| {
+                    let (noted, backend) = (Arc::clone(&noted), backend.clone());
+                    async move {
+                        let (mut state, version) = tx.get_state("g", "s").await?;
+                        let found = count(&state);
+                        noted.lock().unwrap().push(found);
+                        state.data["count"] = json!(found + 1);
+                        if found == 5 {
+                            backend.let_go();
+                            // Not enough money, not found, whatever: decided on what is seen.
+                            match looks_elsewhere {
+                                true => tx.get_state("g", "there is no such state").await?.1,
+                                false => {
+                                    tx.update_state("g", "s", state.clone(), 99, why()).await?
+                                }
+                            };
+                        }
+                        tx.update_state("g", "s", state, version, why()).await?;
+                        Ok(found)
+                    }
+                })
+                .await
+        });
+        assert_eq!(ran.await.unwrap().unwrap(), 0);
+        assert!(doomed.await.unwrap().is_err());
+        let seen = seen.lock().unwrap().clone();
+        assert_eq!(seen, [0, 5, 0], "the test has not met the case");
+        assert_eq!(count(&store.get_state("g", "s").await.unwrap().0), 1);
+    }
+}

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::backend::{
     Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Moment,
@@ -32,12 +33,24 @@ pub enum CommitFault {
 pub struct FaultyBackend {
     inner: Arc<dyn Backend>,
     faults: Arc<Mutex<VecDeque<CommitFault>>>,
+    is_held: Arc<watch::Sender<bool>>,
 }
 
 impl FaultyBackend {
     /// Puts faults before a backend.
     pub fn new(inner: Arc<dyn Backend>, faults: impl IntoIterator<Item = CommitFault>) -> Self {
-        Self { inner, faults: Arc::new(Mutex::new(faults.into_iter().collect())) }
+        let faults = Arc::new(Mutex::new(faults.into_iter().collect()));
+        Self { inner, faults, is_held: Arc::new(watch::Sender::new(false)) }
+    }
+
+    /// Commits wait from now on, before anything happens to them.
+    pub fn hold(&self) {
+        self.is_held.send_replace(true);
+    }
+
+    /// Commits go on.
+    pub fn let_go(&self) {
+        self.is_held.send_replace(false);
     }
 }
 
@@ -81,6 +94,8 @@ impl Read for FaultyBackend {
 #[async_trait]
 impl Backend for FaultyBackend {
     async fn commit(&self, writes: Vec<Write>) -> Result<Committed, BackendError> {
+        // The sender lives as long as this does.
+        let _ = self.is_held.subscribe().wait_for(|is_held| !is_held).await;
         let fault = {
             let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
             faults.pop_front().unwrap_or(CommitFault::None)
