@@ -146,6 +146,21 @@ async fn keyed_and_fenced(inner: Arc<dyn Backend>) {
                 assert_eq!(answer.unwrap_or_else(|error| panic!("{what}: {error}")), 1);
             }
             assert_eq!(clean.get_state("g", &id).await.unwrap().1, 2, "{what}");
+            // One that changes nothing is known by its answer alone.
+            let faults = vec![CommitFault::None; place].into_iter().chain([fault, fault]);
+            let manager = TransactionManager::new(self::store(Arc::clone(&inner), faults));
+            for n in 0..3 {
+                let looked = manager.run(|tx| {
+                    let key = format!("look {id} {n}");
+                    async move {
+                        let before = tx.idempotency_key::<u64>(key).await?;
+                        assert!(before.is_none(), "its own answer was taken for another's");
+                        tx.answer(&1).await
+                    }
+                });
+                let attempts = looked.await.unwrap_or_else(|error| panic!("{what}: {error}"));
+                assert_eq!(attempts.attempts, 1, "{what}");
+            }
         }
     }
     // Locks themselves: granted once, whatever becomes of the answer.
