@@ -8,7 +8,9 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+#[cfg(not(target_os = "linux"))]
+use std::time::Instant;
 
 use chrono::{DateTime, SubsecRound, TimeDelta, Utc};
 use uuid::Uuid;
@@ -121,13 +123,19 @@ impl MachineClock {
     pub(crate) fn now(&self) -> Moment {
         #[cfg(target_os = "linux")]
         if self.is_shared {
-            let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-            let (seconds, nanos) = (time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs());
-            let micros = seconds.saturating_mul(1_000_000).saturating_add(nanos / 1_000);
+            let micros = u64::try_from(since_boot().as_micros()).unwrap_or(u64::MAX);
             return Moment { epoch: self.epoch.clone(), micros };
         }
         Moment { epoch: self.epoch.clone(), micros: self.own.micros() }
     }
+}
+
+/// What Linux counts since the boot, sleep included; no setting of the time moves it.
+#[cfg(target_os = "linux")]
+fn since_boot() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let nanos = u32::try_from(time.tv_nsec).unwrap_or(0);
+    Duration::new(time.tv_sec.unsigned_abs(), nanos)
 }
 
 /// The time in whole microseconds, which is what both backends keep.
@@ -156,15 +164,31 @@ pub(crate) fn jitter(most: Duration) -> Duration {
     most.mul_f64(share)
 }
 
-/// Monotonic time since it was started.
+/// Time since it was started, whatever the wall clock does. On Linux it goes on while the machine sleeps,
+/// as the clocks by which leases are judged do.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Stopwatch(Instant);
+pub(crate) struct Stopwatch(
+    #[cfg(target_os = "linux")] Duration,
+    #[cfg(not(target_os = "linux"))] Instant,
+);
 
 impl Stopwatch {
+    #[cfg(target_os = "linux")]
+    pub(crate) fn start() -> Self {
+        Self(since_boot())
+    }
+
+    #[cfg(not(target_os = "linux"))]
     pub(crate) fn start() -> Self {
         Self(Instant::now())
     }
 
+    #[cfg(target_os = "linux")]
+    pub(crate) fn elapsed(self) -> Duration {
+        since_boot().saturating_sub(self.0)
+    }
+
+    #[cfg(not(target_os = "linux"))]
     pub(crate) fn elapsed(self) -> Duration {
         self.0.elapsed()
     }

@@ -35,7 +35,8 @@ impl Default for PersistenceConfig {
 /// How conflicts and failures that surely changed nothing are tried again: exponential backoff with
 /// full jitter (a uniformly distributed part of `min(cap, base · 2ⁿ)`).
 ///
-/// `max_attempts` bounds how often one commit is sent and how often a transaction runs. A change that
+/// `max_attempts` bounds how often one commit is sent and how often a transaction loses against others (it
+/// may run more often: what its own process's line sends back does not count). A change that
 /// expects nothing (`save_state`) cannot conflict; when another writer was faster it is planned again
 /// until the `deadline`, whatever `max_attempts` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

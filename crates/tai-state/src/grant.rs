@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::fence::Token;
 use crate::lease::{Lease, Now};
 use crate::leases::Put;
-use crate::patience::Deadline;
+use crate::patience::{Deadline, Tries};
 use crate::records::Records;
 
 /// After so long the backend's clock is read again: two clocks do not run at the same rate for ever.
@@ -159,6 +159,7 @@ impl Grant {
         let deadline = self.records.deadline();
         let mut anchor = self.anchor();
         let mut look = anchor.asked.elapsed() > ANCHOR_HOLDS || self.token.seen().is_none();
+        let mut tries = Tries::new(&self.records.options().retry, deadline);
         loop {
             if look {
                 anchor = self.look(deadline).await?;
@@ -173,7 +174,7 @@ impl Grant {
             }
             // Refused, or not answered: an earlier renewal of ours may have arrived.
             look = true;
-            if deadline.is_over() {
+            if !tries.again(false).await {
                 let operation = format!("renewing the lock {}", self.resource());
                 return Err(Error::Timeout { operation, after: deadline.limit() });
             }
@@ -206,6 +207,7 @@ impl Grant {
             return Ok(());
         }
         let deadline = self.records.deadline();
+        let mut tries = Tries::new(&self.records.options().retry, deadline);
         loop {
             let lease = self.lease().released();
             let write = [(self.key(), lease, self.token.seen())];
@@ -220,11 +222,16 @@ impl Grant {
                     self.end(State::Lost(reason.clone()));
                     return Err(self.lost(reason));
                 }
+                Some(found) if found.lease.broken => {
+                    let reason = "it was broken".to_owned();
+                    self.end(State::Lost(reason.clone()));
+                    return Err(self.lost(reason));
+                }
                 Some(found) if found.lease.held => self.token.see(found.revision),
-                // Our own release had arrived, or somebody broke the lock.
+                // Our own release had arrived.
                 _ => break,
             }
-            if deadline.is_over() {
+            if !tries.again(false).await {
                 let operation = format!("releasing the lock {}", self.resource());
                 return Err(Error::Timeout { operation, after: deadline.limit() });
             }

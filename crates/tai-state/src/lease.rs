@@ -5,6 +5,7 @@
 //! a resource and is never used again, so whoever keeps the highest token that it has seen can refuse
 //! those who were paused longer than their lease (M. Kleppmann, *How to do distributed locking*, 2016).
 
+use std::fmt;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -21,7 +22,7 @@ const MAX_CLIENT_BYTES: u64 = 512;
 
 /// What is known of the lock of one resource. It is never deleted, since its token must not begin
 /// anew.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Lease {
     /// Who has it, or had it last.
     pub(crate) client_id: String,
@@ -31,12 +32,26 @@ pub(crate) struct Lease {
     pub(crate) fencing_token: u64,
     /// Whether it is held, as far as nobody has looked at the clock.
     pub(crate) held: bool,
+    /// Whether it was taken away from its holder.
+    pub(crate) broken: bool,
     pub(crate) lease: Duration,
     /// When the lease ends, by the backend's clock.
     pub(crate) ends: Moment,
     /// For people, by the holder's wall clock: nothing is judged by these two.
     pub(crate) acquired_at: DateTime<Utc>,
     pub(crate) expires_at: DateTime<Utc>,
+}
+
+/// Without the secret.
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("client_id", &self.client_id)
+            .field("fencing_token", &self.fencing_token)
+            .field("held", &self.held)
+            .field("ends", &self.ends)
+            .finish_non_exhaustive()
+    }
 }
 
 /// How a lock stands at a moment.
@@ -52,7 +67,7 @@ pub(crate) enum Standing {
 }
 
 /// Who wants a lock.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Wanted {
     pub(crate) client_id: String,
     pub(crate) lock_token: String,
@@ -107,19 +122,26 @@ impl Lease {
             lease: wanted.lease,
             ends: now.moment.after(wanted.lease),
             acquired_at: wall,
-            expires_at: wall + wanted.lease,
+            expires_at: wall.checked_add_signed(signed(wanted.lease)).unwrap_or(wall),
+            broken: false,
         })
     }
 
     /// The same grant, for as long again.
     pub(crate) fn renewed(&self, now: &Now) -> Self {
-        let expires_at = to_micros(now.wall) + self.lease;
+        let wall = to_micros(now.wall);
+        let expires_at = wall.checked_add_signed(signed(self.lease)).unwrap_or(wall);
         Self { ends: now.moment.after(self.lease), expires_at, ..self.clone() }
     }
 
     /// The same grant, over.
     pub(crate) fn released(&self) -> Self {
         Self { held: false, ..self.clone() }
+    }
+
+    /// The same grant, taken away.
+    pub(crate) fn broken(&self) -> Self {
+        Self { held: false, broken: true, ..self.clone() }
     }
 
     /// How it stands.
@@ -147,11 +169,17 @@ impl Lease {
             Some(lease) if lease.fencing_token != fencing_token => {
                 format!("{} got it with fencing token {}", lease.client_id, lease.fencing_token)
             }
+            Some(lease) if lease.broken => "it was broken".to_owned(),
             Some(lease) if !lease.held => "it was released".to_owned(),
             Some(_) => return Ok(()),
         };
         Err(Error::LockLost { resource: resource.to_owned(), fencing_token, reason })
     }
+}
+
+/// Leases are a day at most.
+fn signed(lease: Duration) -> chrono::TimeDelta {
+    chrono::TimeDelta::from_std(lease).unwrap_or_default()
 }
 
 #[cfg(test)]

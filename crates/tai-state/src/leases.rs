@@ -45,7 +45,7 @@ impl Put {
 }
 
 /// What a handle knows of locks.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Locks {
     /// Who waits for a lock in this process stands in line.
     pub(crate) lines: Arc<Lines>,

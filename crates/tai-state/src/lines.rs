@@ -35,9 +35,11 @@ const PATIENCE: Duration = Duration::from_millis(250);
 const MOST_CHANGES: usize = 128;
 const MOST_BYTES: usize = 2 << 20;
 
-/// All lines of a handle.
+/// All lines of a handle, each runtime's by itself: a runtime that nobody drives must stop no other.
 #[derive(Debug, Default)]
-pub(crate) struct Lines(Mutex<HashMap<Address, (Arc<Line>, usize)>>);
+pub(crate) struct Lines(Mutex<HashMap<Spot, (Arc<Line>, usize)>>);
+
+type Spot = (Option<tokio::runtime::Id>, Address);
 
 /// The line of one state.
 #[derive(Debug, Default)]
@@ -67,10 +69,14 @@ pub(crate) struct Pending {
 }
 
 impl Pending {
-    /// Waits until it is known whether it has become durable.
-    pub(crate) async fn is_durable(&mut self) -> bool {
-        // Who went away without a word did not say that it is.
-        self.outcome.wait_for(Option::is_some).await.is_ok_and(|outcome| *outcome == Some(true))
+    /// Waits until it is known whether it has become durable; `false` also when the deadline comes first.
+    pub(crate) async fn is_durable(&mut self, deadline: Deadline) -> bool {
+        let known = self.outcome.wait_for(Option::is_some);
+        match tokio::time::timeout(deadline.left(), known).await {
+            // Who went away without a word did not say that it is.
+            Ok(outcome) => outcome.is_ok_and(|outcome| *outcome == Some(true)),
+            Err(_) => false,
+        }
     }
 }
 
@@ -151,33 +157,38 @@ pub(crate) struct Receipt {
 #[derive(Debug)]
 pub(crate) struct Place {
     lines: Arc<Lines>,
-    address: Address,
+    spot: Spot,
     line: Arc<Line>,
 }
 
 impl Lines {
     /// Goes to the line of a state.
     pub(crate) fn join(self: &Arc<Self>, address: &Address) -> Place {
+        let runtime = tokio::runtime::Handle::try_current().map(|handle| handle.id());
+        self.join_at((runtime.ok(), address.clone()))
+    }
+
+    fn join_at(self: &Arc<Self>, spot: Spot) -> Place {
         let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (line, users) = lines.entry(address.clone()).or_default();
+        let (line, users) = lines.entry(spot.clone()).or_default();
         *users += 1;
-        Place { lines: Arc::clone(self), address: address.clone(), line: Arc::clone(line) }
+        Place { lines: Arc::clone(self), spot, line: Arc::clone(line) }
     }
 }
 
 impl Clone for Place {
     fn clone(&self) -> Self {
-        self.lines.join(&self.address)
+        self.lines.join_at(self.spot.clone())
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut lines = self.lines.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, users)) = lines.get_mut(&self.address) {
+        if let Some((_, users)) = lines.get_mut(&self.spot) {
             *users = users.saturating_sub(1);
             if *users == 0 {
-                lines.remove(&self.address);
+                lines.remove(&self.spot);
             }
         }
     }
@@ -285,7 +296,7 @@ impl Receipt {
         let patience = self.deadline.left().saturating_add(LAST_LOOK + LAST_LOOK / 2);
         let Ok(answer) = tokio::time::timeout(patience, &mut self.answer).await else {
             if self.place.withdraw(self.number) {
-                let operation = format!("changing {}", self.place.address);
+                let operation = format!("changing {}", self.place.spot.1);
                 return Err(Error::Timeout { operation, after: self.deadline.limit() }.into());
             }
             return Err(self.lost("no answer before the deadline").into());
@@ -341,14 +352,22 @@ impl Records {
                 durable.is_some_and(|known| Some(known.head.change.hash) == base.hash())
             }
         };
-        if !fits {
-            let newest = waiting.end.as_ref().map(|end| end.head.version());
-            let newest = newest.or_else(|| Some(waiting.durable.as_ref()?.head.version()));
+        let is_at_home =
+            entry.new.steps.iter().all(|step| step.head.change.address == place.spot.1);
+        if !is_at_home {
             drop(waiting);
+            let error = Error::refused(place.spot.1.to_string(), "a change of another state came");
+            entry.answer(Err(error.into()));
+            return receipt;
+        }
+        if !fits {
             let planned_on = base.head().map_or(0, |head| head.version());
-            let newest = newest.unwrap_or(planned_on);
-            let error = version_conflict(&place.address, planned_on, newest);
-            entry.answer(Err(Refused { stale: true, ..Refused::from(error) }));
+            // What is durable is a conflict; what is not says nothing.
+            let durable = waiting.durable.as_ref().map(|known| known.head.version());
+            let newer = durable.filter(|durable| *durable > planned_on);
+            drop(waiting);
+            let error = version_conflict(&place.spot.1, planned_on, newer.unwrap_or(planned_on));
+            entry.answer(Err(Refused { stale: newer.is_none(), ..Refused::from(error) }));
             return receipt;
         }
         waiting.end = pending(&entry);
@@ -360,15 +379,16 @@ impl Records {
                 Base::Pending(_) => waiting.durable.clone(),
             };
             drop(waiting);
-            tokio::spawn(send_all(Arc::clone(self), place.clone(), base));
+            // A runtime that is shutting down drops the task, and with it what says so.
+            let sending = Sending { place: place.clone(), has_ended: false };
+            tokio::spawn(send_all(Arc::clone(self), sending, base));
         }
         receipt
     }
 }
 
 /// Sends what is handed in at a line, commit after commit, until nothing waits.
-async fn send_all(records: Arc<Records>, place: Place, mut base: Option<KnownHead>) {
-    let mut sending = Sending { place, has_ended: false };
+async fn send_all(records: Arc<Records>, mut sending: Sending, mut base: Option<KnownHead>) {
     loop {
         let mut batch = sending.place.take_batch();
         let Some(deadline) = batch.iter().map(|entry| entry.new.deadline).max_by_key(|d| d.left())

@@ -17,7 +17,7 @@ use crate::grant::{Anchor, Grant, State};
 use crate::lease::{Lease, Now, Standing, Wanted};
 use crate::leases::{FoundLease, Put};
 use crate::manager::TransactionManager;
-use crate::patience::Deadline;
+use crate::patience::{Deadline, Tries};
 use crate::reader::Watch;
 use crate::records::Records;
 
@@ -309,6 +309,7 @@ impl TransactionManager {
             return grant.release().await;
         }
         let deadline = self.records.deadline();
+        let mut tries = Tries::new(&self.records.options().retry, deadline);
         loop {
             let keys = [key.clone()];
             let (found, _) = self.records.look_at_leases(&keys, deadline).await?;
@@ -331,7 +332,7 @@ impl TransactionManager {
             if self.records.put_leases(&write, deadline).await?.is_done() {
                 return Ok(());
             }
-            if deadline.is_over() {
+            if !tries.again(false).await {
                 let operation = format!("releasing the lock {resource}");
                 return Err(Error::Timeout { operation, after: deadline.limit() });
             }
@@ -371,17 +372,18 @@ impl TransactionManager {
     pub async fn break_lock(&self, resource: impl AsRef<str>) -> Result<Option<LockRecord>> {
         let key = lock_key(&self.governor, resource.as_ref())?;
         let deadline = self.records.deadline();
+        let mut tries = Tries::new(&self.records.options().retry, deadline);
         loop {
             let keys = [key.clone()];
             let (found, now) = self.records.look_at_leases(&keys, deadline).await?;
             let Some(found) = found.into_iter().next().flatten().filter(|f| f.lease.held) else {
                 return Ok(None);
             };
-            let write = [(&key, found.lease.released(), Some(found.revision))];
+            let write = [(&key, found.lease.broken(), Some(found.revision))];
             if self.records.put_leases(&write, deadline).await?.is_done() {
                 return Ok(Some(LockRecord::new(&self.records, &key, &found, &now)));
             }
-            if deadline.is_over() {
+            if !tries.again(false).await {
                 let operation = format!("breaking the lock {}", key.name.id());
                 return Err(Error::Timeout { operation, after: deadline.limit() });
             }
@@ -433,7 +435,9 @@ impl TransactionManager {
         loop {
             let asked = Stopwatch::start();
             // A look must have its time, however short the wait.
-            let deadline = self.records.deadline();
+            let retry = &self.records.options().retry;
+            let look = waiting.left().saturating_add(retry.attempt_timeout);
+            let deadline = Deadline::after(look.min(retry.deadline));
             let (found, moment) = self.records.look_at_leases(&pursuit.keys, deadline).await?;
             let anchor = Anchor { moment, asked };
             pursuit.may_have &= pursuit.is_unclear || pursuit.has_one_of(&found);

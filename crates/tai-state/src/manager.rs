@@ -22,6 +22,8 @@ use crate::store::StateStore;
 use crate::transaction::{Seen, Transaction, Work};
 use crate::transaction_log::{TransactionLog, TransactionRecord, TransactionStatus};
 
+/// So often a transaction plans on what is not durable, and then no more.
+const MOST_RETURNS: u32 = 2;
 /// How long a transaction waits in line for a state that it lost before.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -63,6 +65,8 @@ struct Lost {
     line: Vec<Address>,
     /// Whether it touched one state alone.
     is_single: bool,
+    /// Whether it has planned too often on what then failed: then it waits for what holds.
+    waits: bool,
 }
 
 /// The places in line that an attempt holds; the turn is missing where it was waited for too long.
@@ -308,7 +312,9 @@ impl TransactionManager {
         let deadline = self.records.deadline();
         let mut note = Note::new(self, governor);
         let mut lost = Lost::default();
-        let mut races = 0;
+        // Lost against others, and sent back by the line: the latter are no failures.
+        let (mut races, mut returns) = (0, 0);
+        let mut last_conflict = None;
         loop {
             note.record.attempts += 1;
             let (mut held, preset) = self.stand_in_line(&lost, deadline).await;
@@ -322,7 +328,7 @@ impl TransactionManager {
                     Some(conflict) => Err(Attempt::Lost(conflict, Sleep::No)),
                     None => continue,
                 },
-                Err(error) => match work.is_durable().await {
+                Err(error) => match work.is_durable(deadline).await {
                     Ok(()) => Err(Attempt::Failed(error)),
                     // It was decided on what never was.
                     Err(conflict) => Err(Attempt::Lost(conflict, Sleep::No)),
@@ -339,14 +345,25 @@ impl TransactionManager {
             };
             let attempts = note.record.attempts;
             note.record.reason = Some(conflict.to_string());
-            metrics::counter!("tai_state_conflicts_total").increment(1);
-            if attempts >= policy.max_attempts || deadline.is_over() {
-                let failed = Error::TransactionFailed { attempts, source: Box::new(conflict) };
+            tracing::debug!(attempts, %conflict, "somebody was faster, running again");
+            match sleep {
+                Sleep::No => returns += 1,
+                Sleep::Backoff => {
+                    races += 1;
+                    last_conflict = Some(conflict);
+                    metrics::counter!("tai_state_conflicts_total").increment(1);
+                }
+            }
+            lost.waits |= returns >= MOST_RETURNS;
+            if races >= policy.max_attempts || deadline.is_over() {
+                let source = last_conflict.unwrap_or_else(|| Error::Timeout {
+                    operation: "waiting in line to write".to_owned(),
+                    after: deadline.limit(),
+                });
+                let failed = Error::TransactionFailed { attempts, source: Box::new(source) };
                 return Err(note.failed(failed));
             }
-            tracing::debug!(attempts, %conflict, "somebody was faster, running again");
             if sleep == Sleep::Backoff {
-                races += 1;
                 // Within one process the line orders those who lost; over a network they would
                 // meet again.
                 let waits = races - u32::from(self.records.reads_are_cheap());
@@ -367,13 +384,13 @@ impl TransactionManager {
             let turn = place.turn_within(patience.left()).await;
             held.places.insert(address.clone(), (place, turn));
         }
-        if lost.is_single {
+        if lost.is_single && !lost.waits {
             let end = held.places.values().next().and_then(|(place, _)| place.end());
             return (held, end);
         }
         for (place, _) in held.places.values() {
             while let Some(mut pending) = place.end() {
-                if deadline.is_over() || pending.is_durable().await {
+                if deadline.is_over() || pending.is_durable(deadline).await {
                     break;
                 }
             }
@@ -398,7 +415,7 @@ impl TransactionManager {
                 match touched.seen {
                     Seen::Known(seen) => guards.push(Guard { address, seen }),
                     Seen::Pending(mut pending) => {
-                        if !pending.is_durable().await {
+                        if !pending.is_durable(deadline).await {
                             return Err(Attempt::Lost(gone(&address, &pending), Sleep::No));
                         }
                     }
@@ -503,7 +520,7 @@ impl<'a> Note<'a> {
         let line: Vec<Address> = wanted.map(|(address, _)| address.clone()).collect();
         let is_single =
             work.states.len() == 1 && work.states.values().all(|touch| !touch.steps.is_empty());
-        Lost { line, is_single }
+        Lost { line, is_single, waits: false }
     }
 
     fn write(&mut self) {

@@ -73,18 +73,18 @@ pub(crate) struct Proposal<'a> {
 }
 
 impl Proposal<'_> {
-    /// The list of writes. What only a reader of half a commit must not miss comes first, heads come
-    /// last: see [`Backend::commit`](crate::backend::Backend::commit).
+    /// The list of writes. What a reader of half a commit must not miss comes first, heads come last: see [`Backend::commit`](crate::backend::Backend::commit).
     pub(crate) fn writes(&self, limits: &Limits) -> Result<Vec<Write>> {
         let mut writes = Vec::new();
         let mut heads = Vec::new();
-        writes.extend(self.beside.command.iter().map(|command| command.write.clone()));
         for group in self.groups {
             let base = group.base.as_ref().map(|known| (&known.head.change, known.revision));
             let (logged, head) = schema::writes(&group.transitions, base, limits.repeat_before)?;
             writes.extend(logged);
             heads.push(head);
         }
+        // After the events that it names.
+        writes.extend(self.beside.command.iter().map(|command| command.write.clone()));
         for (key, holds) in self.guards.iter().map(Guard::condition) {
             writes.push(Write::check(key, holds));
         }

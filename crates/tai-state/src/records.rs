@@ -5,6 +5,7 @@
 //! nowhere below.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -31,7 +32,6 @@ use crate::transition::{self, Head, Request, Transition};
 const STUCK_AFTER: u32 = 12;
 
 /// One store: a backend, its settings, and the heads that this handle remembers.
-#[derive(Debug)]
 pub(crate) struct Records {
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) location: String,
@@ -40,6 +40,17 @@ pub(crate) struct Records {
     pub(crate) remembered: Mutex<Remembered>,
     pub(crate) lines: Arc<Lines>,
     pub(crate) locks: Locks,
+}
+
+/// Without what the states say, and without the secrets of locks.
+impl fmt::Debug for Records {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (location, node) = (&self.location, &self.node);
+        f.debug_struct("Records")
+            .field("location", location)
+            .field("node", node)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Records {
@@ -268,17 +279,19 @@ impl Records {
             is_fresh = true;
         }
         let mut race = Race::default();
+        let mut stale = 0;
         let mut alone = !conditions.is_empty();
         loop {
             let before = base.head();
             match self.plan(before.as_deref(), request, policy) {
                 // What was remembered may be old, and what is under way may fail; only a fresh head
                 // proves a conflict.
-                Err(Error::VersionConflict { .. } | Error::StateNotFound { .. })
-                    if !is_fresh && !deadline.is_over() =>
-                {
+                Err(Error::VersionConflict { .. } | Error::StateNotFound { .. }) if !is_fresh => {
                     if let Base::Pending(pending) = &mut base {
-                        pending.is_durable().await;
+                        pending.is_durable(deadline).await;
+                    }
+                    if deadline.is_over() {
+                        return Err(late(address, deadline));
                     }
                 }
                 Err(error) => return Err(error),
@@ -298,9 +311,9 @@ impl Records {
                     match refused.error {
                         _ if refused.stale => {
                             if deadline.is_over() {
-                                let operation = format!("changing {address}");
-                                return Err(Error::Timeout { operation, after: deadline.limit() });
+                                return Err(late(address, deadline));
                             }
+                            stale += 1;
                         }
                         // The commit was refused although the plan held: somebody was faster.
                         // Whether that matters, the next plan on the newer head says.
@@ -345,6 +358,12 @@ impl Records {
                 }
             }
             match line.end() {
+                // Whoever has planned twice on what then failed waits for something that holds.
+                Some(mut pending) if stale >= 2 => {
+                    pending.is_durable(deadline).await;
+                    base = Base::Known(self.head_by(address, deadline).await?);
+                    is_fresh = true;
+                }
                 Some(pending) => {
                     base = Base::Pending(pending);
                     is_fresh = false;
@@ -397,6 +416,10 @@ impl Records {
         }
         sent.map(|_| newest_heads)
     }
+}
+
+fn late(address: &Address, deadline: Deadline) -> Error {
+    Error::Timeout { operation: format!("changing {address}"), after: deadline.limit() }
 }
 
 /// How often a change has lost against others.

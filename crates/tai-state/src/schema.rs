@@ -164,6 +164,11 @@ pub(crate) fn writes(
         }
     }
     let newest = steps.last().ok_or_else(|| Error::refused("a commit", "it changes nothing"))?;
+    // One head is written for all of them.
+    let address = &newest.head.change.address;
+    if steps.iter().any(|step| step.head.change.address != *address) {
+        return Err(Error::refused(address.to_string(), "changes of other states were mixed in"));
+    }
     let revision = base.map(|(_, revision)| revision);
     let guard = revision.map_or(Precondition::Absent, Precondition::Revision);
     let head = Write {

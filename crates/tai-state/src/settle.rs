@@ -24,6 +24,11 @@ impl Records {
     ) -> Result<Applied, Refused> {
         let mut tries = Tries::new(&self.options.retry, deadline);
         let mut unclear = false;
+        if deadline.is_over() {
+            // Nothing was sent, so nothing is unclear.
+            let operation = format!("writing to {}", self.location);
+            return Err(Error::Timeout { operation, after: deadline.limit() }.into());
+        }
         loop {
             let error = match tries.once(self.backend.commit(writes.clone())).await {
                 Some(Ok(committed)) => return Ok(Applied::Answered(committed.revisions)),
@@ -46,6 +51,10 @@ impl Records {
                                 if let Some(old) = writes.iter_mut().find(|w| w.key == check.key) {
                                     *old = check;
                                 }
+                            }
+                            // The holder's own renewal is no failure: the same again, at once.
+                            if !deadline.is_over() {
+                                continue;
                             }
                             overtaken_by_nobody(proposal.groups)
                         }

@@ -46,7 +46,7 @@ pub struct Transaction {
 /// What was read and is to be written so far.
 #[derive(Debug, Default)]
 pub(crate) struct Work {
-    view: Option<View>,
+    view: Option<Arc<View>>,
     pub(crate) states: BTreeMap<Address, Touched>,
     command: Option<(Asked, Progress)>,
     /// What was read has changed under the transaction: whatever its closure says does not count.
@@ -102,10 +102,10 @@ impl Work {
     ///
     /// # Errors
     /// The conflict, when it is not.
-    pub(crate) async fn is_durable(&mut self) -> Result<()> {
+    pub(crate) async fn is_durable(&mut self, deadline: Deadline) -> Result<()> {
         for (address, touched) in &mut self.states {
             if let Seen::Pending(pending) = &mut touched.seen
-                && !pending.is_durable().await
+                && !pending.is_durable(deadline).await
             {
                 return Err(gone(address, pending));
             }
@@ -352,9 +352,10 @@ impl Transaction {
             return Err(Error::refused(subject, reason));
         }
         let asked = Asked::of(&key, request);
+        // What is under way may be the very same command: its effect must not be seen without its answer.
+        self.leave_line(&mut work).await?;
         let view = self.view(&mut work).await?;
         let there = view.reader().command(&key.0).await;
-        work.view = Some(view);
         let Some(there) = there? else {
             work.command = Some((asked, Progress::Running(Value::Null)));
             return Ok(None);
@@ -421,11 +422,36 @@ impl Transaction {
         Ok(())
     }
 
-    async fn view(&self, work: &mut Work) -> Result<View> {
-        match work.view.take() {
-            Some(view) => Ok(view),
-            None => self.records.view(self.deadline).await,
+    /// The view through which everything is read. It stays: a read that is given up must not move the cut.
+    async fn view(&self, work: &mut Work) -> Result<Arc<View>> {
+        if let Some(view) = &work.view {
+            return Ok(Arc::clone(view));
         }
+        let view = Arc::new(self.records.view(self.deadline).await?);
+        work.view = Some(Arc::clone(&view));
+        Ok(view)
+    }
+
+    /// What was seen at the end of the line must be part of the cut that all else comes from.
+    async fn leave_line(&self, work: &mut Work) -> Result<()> {
+        let pending = work.states.iter().find_map(|(address, touched)| match &touched.seen {
+            Seen::Pending(pending) => Some((address.clone(), pending.clone())),
+            Seen::Known(_) => None,
+        });
+        let Some((address, mut pending)) = pending else { return Ok(()) };
+        let is_durable = pending.is_durable(self.deadline).await;
+        let view = self.view(work).await?;
+        let found = view.reader().head(&address).await?;
+        let hash = pending.head.change.hash;
+        let is_same = found.as_ref().is_some_and(|known| known.head.change.hash == hash);
+        if !is_durable || !is_same {
+            work.spoiled = Some(gone(&address, &pending));
+            return Err(gone(&address, &pending));
+        }
+        if let Some(touched) = work.states.get_mut(&address) {
+            touched.seen = Seen::Known(found);
+        }
+        Ok(())
     }
 
     /// Reads what was not read yet; everything through the same view.
@@ -438,31 +464,9 @@ impl Transaction {
         if missing.is_empty() {
             return Ok(());
         }
-        // What was seen at the end of the line must be part of the cut that the others come from.
-        let pending = work.states.iter().find_map(|(address, touched)| match &touched.seen {
-            Seen::Pending(pending) => Some((address.clone(), pending.clone())),
-            Seen::Known(_) => None,
-        });
-        if let Some((address, mut pending)) = pending {
-            let is_durable = pending.is_durable().await;
-            let view = self.view(work).await?;
-            let found = view.reader().head(&address).await;
-            work.view = Some(view);
-            let found = found?;
-            let is_same = found
-                .as_ref()
-                .is_some_and(|known| known.head.change.hash == pending.head.change.hash);
-            if !is_durable || !is_same {
-                work.spoiled = Some(gone(&address, &pending));
-                return Err(gone(&address, &pending));
-            }
-            if let Some(touched) = work.states.get_mut(&address) {
-                touched.seen = Seen::Known(found);
-            }
-        }
+        self.leave_line(work).await?;
         let view = self.view(work).await?;
         let found = view.reader().heads(&missing).await;
-        work.view = Some(view);
         for (address, base) in missing.into_iter().zip(found?) {
             work.states.insert(address, Touched { seen: Seen::Known(base), steps: Vec::new() });
         }

@@ -123,11 +123,15 @@ async fn run_under(manager: &TransactionManager, args: &LocksRun) -> Outcome {
     };
     let failed = |error: std::io::Error| io("the command", &error);
     let ended = tokio::select! {
-        status = wait(&mut child) => Ok(status.map_err(failed)?),
+        status = wait(&mut child) => Ok(status),
         lost = lock.lost() => Err(lost),
     };
     match ended {
-        Ok(status) => {
+        Ok(Err(error)) => {
+            end(&mut child).await.map_err(failed)?;
+            Err(failed(error))
+        }
+        Ok(Ok(status)) => {
             // Also who held it to the end must learn that somebody else had it meanwhile.
             lock.release().await?;
             match code(status) {

@@ -86,9 +86,10 @@ pub(crate) async fn run(store: &StateStore, args: &Txn) -> Outcome {
         let permit = Arc::clone(&permits).acquire_owned().await;
         let request = match parse(&text, number) {
             Ok(request) => request,
-            Err(failure) => {
+            Err(refusal) => {
+                let (id, failure) = *refusal;
                 malformed += 1;
-                output::line(&refused(&Value::Null, failure, "not_applied").to_string())?;
+                output::line(&refused(&id, failure, "not_applied").to_string())?;
                 continue;
             }
         };
@@ -120,14 +121,19 @@ fn joined(done: Result<Outcome, tokio::task::JoinError>) -> Outcome {
     done.unwrap_or_else(|error| Err(Failure::new(exit::OTHER, "other", error.to_string())))
 }
 
-fn parse(text: &str, number: u64) -> Outcome<Request> {
+/// One line, or why it is none, and the id that it has all the same.
+fn parse(text: &str, number: u64) -> Result<Request, Box<(Value, Failure)>> {
     let place = format!("line {number}");
-    let value = strict::parse(text, &place)?;
+    let value =
+        strict::parse(text, &place).map_err(|error| Box::new((Value::Null, error.into())))?;
+    let id = value.get("id").cloned().unwrap_or(Value::Null);
     let request: Request = serde_json::from_value(value).map_err(|source| {
-        Failure::from(Error::SerializationError { subject: place.clone(), source })
+        let subject = place.clone();
+        Box::new((id.clone(), Error::SerializationError { subject, source }.into()))
     })?;
     for op in &request.ops {
-        address(op.target().1).map_err(|failure| failure.context(&place))?;
+        address(op.target().1)
+            .map_err(|failure| Box::new((id.clone(), failure.context(&place))))?;
     }
     Ok(request)
 }
@@ -188,8 +194,8 @@ async fn answer(
 fn key(id: &Value) -> Option<String> {
     match id {
         Value::Null => None,
-        Value::String(id) => Some(format!("txn {id}")),
-        other => Some(format!("txn {}", strict::canonical(other))),
+        // As JSON: 5 and "5" are two ids.
+        id => Some(format!("txn {}", strict::canonical(id))),
     }
 }
 
@@ -202,7 +208,10 @@ fn kept(results: &[Value]) -> Vec<Value> {
     let shortened = |result: &Value| {
         bytes += result.to_string().len();
         match result {
-            Value::Object(fields) if bytes > MOST_KEPT => {
+            // What is absent cannot be read again, and is not large.
+            Value::Object(fields)
+                if bytes > MOST_KEPT && fields.get("version") != Some(&json!(0)) =>
+            {
                 Value::Object(fields.iter().filter(|(k, _)| *k == "version").map(own).collect())
             }
             whole => whole.clone(),
