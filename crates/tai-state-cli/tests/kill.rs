@@ -130,7 +130,7 @@ fn four_processes_lose_no_update() {
                     let mut input = child.stdin.take().unwrap();
                     let mut output = BufReader::new(child.stdout.take().unwrap());
                     let mut ask = |ops: Value| -> Value {
-                        writeln!(input, "{}", json!({"id": 1, "ops": [ops]})).unwrap();
+                        writeln!(input, "{}", json!({"ops": [ops]})).unwrap();
                         let mut line = String::new();
                         output.read_line(&mut line).unwrap();
                         serde_json::from_str(&line).unwrap()

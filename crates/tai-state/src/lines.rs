@@ -26,7 +26,7 @@ use crate::proposal::{Beside, Proposal, Steps};
 use crate::reader::KnownHead;
 use crate::records::{Records, version_conflict};
 use crate::remembered::rough_size;
-use crate::settle::{Refused, unknown};
+use crate::settle::{Identity, Refused};
 use crate::transition::{Head, Transition};
 
 /// How long a turn is waited for: a closure that dawdles must not stop all others.
@@ -127,6 +127,9 @@ pub(crate) struct NewEntry {
 struct Entry {
     number: u64,
     new: NewEntry,
+    first: Identity,
+    /// Where it leaves the state.
+    end: Pending,
     outcome: watch::Sender<Option<bool>>,
     answer: oneshot::Sender<Result<(), Refused>>,
 }
@@ -149,8 +152,8 @@ pub(crate) struct Receipt {
     place: Place,
     number: u64,
     deadline: Deadline,
-    /// The first and the last change, for an answer that does not come.
-    first: Option<Transition>,
+    /// For an answer that does not come.
+    first: Option<Identity>,
 }
 
 /// A place at a line. The line is forgotten when nobody is at it any more.
@@ -237,7 +240,7 @@ impl Place {
             }
             batch.extend(waiting.entries.pop_front());
         }
-        waiting.sent_end = batch.last().and_then(pending);
+        waiting.sent_end = batch.last().map(|entry| entry.end.clone());
         if batch.is_empty() {
             waiting.is_sending = false;
             waiting.end = None;
@@ -264,7 +267,7 @@ impl Place {
             return false;
         };
         let mut withdrawn = waiting.entries.split_off(at);
-        let end = waiting.entries.back().and_then(pending);
+        let end = waiting.entries.back().map(|entry| entry.end.clone());
         waiting.end = end.or_else(|| waiting.sent_end.clone());
         drop(waiting);
         withdrawn.pop_front();
@@ -273,20 +276,10 @@ impl Place {
     }
 }
 
-fn pending(entry: &Entry) -> Option<Pending> {
-    let head = Arc::new(entry.new.steps.last()?.head.clone());
-    Some(Pending { head, outcome: entry.outcome.subscribe() })
-}
-
 /// It was not sent, since what it was planned on is not there: to be planned again.
 fn stale(entry: Entry, alone: bool) {
-    let error = match entry.new.steps.first() {
-        Some(step) => {
-            let change = &step.head.change;
-            version_conflict(&change.address, change.version - 1, change.version - 1)
-        }
-        None => Error::refused("a commit", "it changes nothing"),
-    };
+    let before = entry.first.version.saturating_sub(1);
+    let error = version_conflict(&entry.first.address, before, before);
     entry.answer(Err(Refused { stale: true, alone, ..Refused::from(error) }));
 }
 
@@ -307,7 +300,7 @@ impl Receipt {
     fn lost(&self, reason: &str) -> Error {
         let source = Error::Firestore { message: reason.to_owned(), source: None };
         match &self.first {
-            Some(first) => unknown(&first.head.change, source),
+            Some(first) => first.unknown(source),
             None => source,
         }
     }
@@ -336,13 +329,24 @@ impl Records {
             place: place.clone(),
             number: 0,
             deadline: new.deadline,
-            first: new.steps.first().cloned(),
+            first: None,
         };
+        let is_at_home = new.steps.iter().all(|step| step.head.change.address == place.spot.1);
+        let (Some(first), Some(last), true) = (new.steps.first(), new.steps.last(), is_at_home)
+        else {
+            let error = Error::refused(place.spot.1.to_string(), "a change of another state came");
+            let _ = answer.send(Err(error.into()));
+            return receipt;
+        };
+        let first = Identity::of(&first.head.change);
+        receipt.first = Some(first.clone());
+        let outcome = watch::Sender::new(None);
+        let end = Pending { head: Arc::new(last.head.clone()), outcome: outcome.subscribe() };
         let mut waiting = place.waiting();
         waiting.entry_count += 1;
         let number = waiting.entry_count;
         receipt.number = number;
-        let entry = Entry { number, new, outcome: watch::Sender::new(None), answer };
+        let entry = Entry { number, new, first, end, outcome, answer };
         let fits = match (&waiting.end, &base) {
             (Some(end), base) => base.hash() == Some(end.head.change.hash),
             (None, Base::Known(_)) => true,
@@ -352,14 +356,6 @@ impl Records {
                 durable.is_some_and(|known| Some(known.head.change.hash) == base.hash())
             }
         };
-        let is_at_home =
-            entry.new.steps.iter().all(|step| step.head.change.address == place.spot.1);
-        if !is_at_home {
-            drop(waiting);
-            let error = Error::refused(place.spot.1.to_string(), "a change of another state came");
-            entry.answer(Err(error.into()));
-            return receipt;
-        }
         if !fits {
             let planned_on = base.head().map_or(0, |head| head.version());
             // What is durable is a conflict; what is not says nothing.
@@ -370,7 +366,7 @@ impl Records {
             entry.answer(Err(Refused { stale: newer.is_none(), ..Refused::from(error) }));
             return receipt;
         }
-        waiting.end = pending(&entry);
+        waiting.end = Some(entry.end.clone());
         waiting.entries.push_back(entry);
         if !waiting.is_sending {
             waiting.is_sending = true;
@@ -397,7 +393,7 @@ async fn send_all(records: Arc<Records>, mut sending: Sending, mut base: Option<
             return;
         };
         let transitions: Vec<Transition> =
-            batch.iter_mut().flat_map(|entry| entry.new.steps.iter().cloned()).collect();
+            batch.iter_mut().flat_map(|entry| std::mem::take(&mut entry.new.steps)).collect();
         let last = transitions.last().map(|step| step.head.change.hash);
         let beside = match batch.as_mut_slice() {
             [only] => std::mem::take(&mut only.new.beside),
@@ -446,16 +442,14 @@ fn refuse(batch: Vec<Entry>, refused: Refused) {
         return;
     }
     for entry in batch {
-        let Some(first) = entry.new.steps.first().map(|step| step.head.change.clone()) else {
-            continue;
-        };
+        let first = &entry.first;
         let error = match &refused.error {
             Error::VersionConflict { actual, .. } => {
                 version_conflict(&first.address, first.version - 1, *actual)
             }
             Error::OutcomeUnknown { source, .. } => {
                 let reason = source.as_ref().map_or_else(String::new, ToString::to_string);
-                unknown(&first, Error::Firestore { message: reason, source: None })
+                first.unknown(Error::Firestore { message: reason, source: None })
             }
             error if error.is_transient() => error.again(),
             // It may be the fault of another in the same commit.

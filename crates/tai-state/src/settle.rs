@@ -7,6 +7,7 @@
 use crate::backend::{BackendError, Document, Key, Precondition, Revision, Write};
 use crate::chain::Change;
 use crate::error::{Error, Result};
+use crate::keys::Address;
 use crate::lease::Lease;
 use crate::patience::{Deadline, Tries};
 use crate::proposal::{Proposal, Steps};
@@ -294,21 +295,36 @@ fn overtaken_by_nobody(groups: &[Steps]) -> Error {
     }
 }
 
-pub(crate) fn outcome_unknown(groups: &[Steps], source: Error) -> Error {
+fn outcome_unknown(groups: &[Steps], source: Error) -> Error {
     match groups.first().and_then(Steps::first) {
-        Some(change) => unknown(change, source),
+        Some(change) => Identity::of(change).unknown(source),
         // It changes no state.
         None => source,
     }
 }
 
-/// That it is not known what became of a change.
-pub(crate) fn unknown(change: &Change, source: Error) -> Error {
-    Error::OutcomeUnknown {
-        governor: change.address.governor.id(),
-        state: change.address.state.id(),
-        version: change.version,
-        event_id: change.id.clone(),
-        source: Some(Box::new(source)),
+/// Which change it is, for whoever has to look for it.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) address: Address,
+    pub(crate) version: u64,
+    id: String,
+}
+
+impl Identity {
+    pub(crate) fn of(change: &Change) -> Self {
+        let (address, version, id) = (change.address.clone(), change.version, change.id.clone());
+        Self { address, version, id }
+    }
+
+    /// That it is not known what became of it.
+    pub(crate) fn unknown(&self, source: Error) -> Error {
+        Error::OutcomeUnknown {
+            governor: self.address.governor.id(),
+            state: self.address.state.id(),
+            version: self.version,
+            event_id: self.id.clone(),
+            source: Some(Box::new(source)),
+        }
     }
 }
