@@ -288,7 +288,7 @@ fn transactions_line_by_line(engine: Engine) {
         json!([{"version": 0, "data": null}, {"version": 2, "data": 42}, {"version": 3}, {"version": 0, "data": null}])
     );
     refused(6, json!("t6"), "state_not_found");
-    refused(7, Value::Null, "rejected");
+    refused(7, json!("t7"), "rejected");
     assert_eq!(answers[8], json!({"id": 8, "ok": true, "attempts": 1, "results": []}));
     for absent in ["g/c", "g/d"] {
         assert_eq!(
