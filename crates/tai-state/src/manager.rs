@@ -323,17 +323,10 @@ impl TransactionManager {
             let outcome = body(transaction.clone()).await;
             let mut work = transaction.end().await;
             lost = note.touched(&work);
-            let attempt = match outcome {
-                _ if work.spoiled.is_some() => match work.spoiled.take() {
-                    Some(conflict) => Err(Attempt::Lost(conflict, Sleep::No)),
-                    None => continue,
-                },
-                Err(error) => match work.is_durable(deadline).await {
-                    Ok(()) => Err(Attempt::Failed(error)),
-                    // It was decided on what never was.
-                    Err(conflict) => Err(Attempt::Lost(conflict, Sleep::No)),
-                },
-                Ok(value) => {
+            let attempt = match (work.spoiled.take(), outcome) {
+                (Some(conflict), _) => Err(Attempt::Lost(conflict, Sleep::No)),
+                (None, Err(error)) => Err(self.judge(error, work, deadline).await),
+                (None, Ok(value)) => {
                     self.commit(work, &mut held, deadline).await.map(|status| (value, status))
                 }
             };
@@ -371,6 +364,28 @@ impl TransactionManager {
                     tokio::time::sleep(policy.backoff(waits).min(deadline.left())).await;
                 }
             }
+        }
+    }
+
+    /// A closure's own error counts if what it saw was there: durable, and all at one moment.
+    async fn judge(&self, error: Error, mut work: Work, deadline: Deadline) -> Attempt {
+        if let Err(conflict) = work.is_durable(deadline).await {
+            return Attempt::Lost(conflict, Sleep::No);
+        }
+        let guards: Vec<Guard> = work
+            .states
+            .into_iter()
+            .filter_map(|(address, touched)| match touched.seen {
+                Seen::Known(seen) => Some(Guard { address, seen }),
+                Seen::Pending(_) => None,
+            })
+            .collect();
+        match self.records.confirm(&guards, deadline).await {
+            Err(conflict @ Error::VersionConflict { .. }) => {
+                Attempt::Lost(conflict, Sleep::Backoff)
+            }
+            // What cannot be confirmed does not make the closure's error another.
+            Ok(()) | Err(_) => Attempt::Failed(error),
         }
     }
 
