@@ -217,6 +217,10 @@ impl Grant {
             let keys = [self.key().clone()];
             let (found, _) = self.records.look_at_leases(&keys, deadline).await?;
             match found.into_iter().next().flatten() {
+                // Our own release had arrived, and others came after it.
+                Some(found) if found.lease.follows_a_release_of(self.token.fencing_token) => {
+                    break;
+                }
                 Some(found) if found.lease.fencing_token != self.token.fencing_token => {
                     let reason = format!("{} has it by now", found.lease.client_id);
                     self.end(State::Lost(reason.clone()));

@@ -34,6 +34,9 @@ pub(crate) struct Lease {
     pub(crate) held: bool,
     /// Whether it was taken away from its holder.
     pub(crate) broken: bool,
+    /// The newest grant before this one that ended without a release: broken, or past its lease; 0 for
+    /// none. By this a holder whose release was not answered learns what became of it.
+    pub(crate) lost_token: u64,
     pub(crate) lease: Duration,
     /// When the lease ends, by the backend's clock.
     pub(crate) ends: Moment,
@@ -124,6 +127,10 @@ impl Lease {
             acquired_at: wall,
             expires_at: wall.checked_add_signed(signed(wanted.lease)).unwrap_or(wall),
             broken: false,
+            lost_token: before.map_or(0, |before| match before.held || before.broken {
+                true => before.fencing_token,
+                false => before.lost_token,
+            }),
         })
     }
 
@@ -142,6 +149,11 @@ impl Lease {
     /// The same grant, taken away.
     pub(crate) fn broken(&self) -> Self {
         Self { held: false, broken: true, ..self.clone() }
+    }
+
+    /// Whether an earlier grant, of which this is a successor, ended with its release.
+    pub(crate) fn follows_a_release_of(&self, fencing_token: u64) -> bool {
+        self.fencing_token > fencing_token && self.lost_token < fencing_token
     }
 
     /// How it stands.
@@ -231,6 +243,23 @@ mod tests {
         }
         let released = second.released();
         assert_eq!(Lease::check(Some(&released), "r", 2).unwrap_err().code(), "lock_lost");
+    }
+
+    #[test]
+    fn a_successor_tells_how_a_grant_ended() {
+        let grant =
+            |before: &Lease| Lease::grant(Some(before), &wanted("n", 100), &now("e", 0)).unwrap();
+        let first = Lease::grant(None, &wanted("a", 100), &now("e", 0)).unwrap();
+        // Released, passed on, and passed on again.
+        let second = grant(&first.released());
+        let third = grant(&second.released());
+        assert!(second.follows_a_release_of(1) && third.follows_a_release_of(1));
+        assert!(third.follows_a_release_of(2) && !third.follows_a_release_of(3));
+        // Past its lease, or broken.
+        for lost in [first.clone(), first.broken()] {
+            assert!(!grant(&lost).follows_a_release_of(1));
+            assert!(!grant(&grant(&lost).released()).follows_a_release_of(1));
+        }
     }
 
     #[test]

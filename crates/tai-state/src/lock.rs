@@ -310,6 +310,7 @@ impl TransactionManager {
         }
         let deadline = self.records.deadline();
         let mut tries = Tries::new(&self.records.options().retry, deadline);
+        let mut sent = None;
         loop {
             let keys = [key.clone()];
             let (found, _) = self.records.look_at_leases(&keys, deadline).await?;
@@ -322,12 +323,17 @@ impl TransactionManager {
             let Some(FoundLease { lease, revision }) = found else {
                 return Err(lost(0, "it was never granted here"));
             };
+            // What was sent before may have arrived, and others come after it.
+            if sent.is_some_and(|token| lease.follows_a_release_of(token)) {
+                return Ok(());
+            }
             if lease.lock_token != lock_token {
                 return Err(lost(lease.fencing_token, "the lock token is that of another grant"));
             }
             if !lease.held {
                 return Ok(());
             }
+            sent = Some(lease.fencing_token);
             let write = [(&key, lease.released(), Some(revision))];
             if self.records.put_leases(&write, deadline).await?.is_done() {
                 return Ok(());
@@ -373,15 +379,27 @@ impl TransactionManager {
         let key = lock_key(&self.governor, resource.as_ref())?;
         let deadline = self.records.deadline();
         let mut tries = Tries::new(&self.records.options().retry, deadline);
+        let mut sent: Option<LockRecord> = None;
         loop {
             let keys = [key.clone()];
             let (found, now) = self.records.look_at_leases(&keys, deadline).await?;
-            let Some(found) = found.into_iter().next().flatten().filter(|f| f.lease.held) else {
-                return Ok(None);
+            let found = found.into_iter().next().flatten();
+            // What was sent before may have arrived.
+            let broke = |record: &LockRecord| {
+                found.as_ref().is_some_and(|found| {
+                    let lease = &found.lease;
+                    (lease.broken && lease.fencing_token == record.fencing_token)
+                        || lease.fencing_token > record.fencing_token
+                })
             };
+            if sent.as_ref().is_some_and(broke) {
+                return Ok(sent);
+            }
+            let Some(found) = found.filter(|found| found.lease.held) else { return Ok(None) };
+            sent = Some(LockRecord::new(&self.records, &key, &found, &now));
             let write = [(&key, found.lease.broken(), Some(found.revision))];
             if self.records.put_leases(&write, deadline).await?.is_done() {
-                return Ok(Some(LockRecord::new(&self.records, &key, &found, &now)));
+                return Ok(sent);
             }
             if !tries.again(false).await {
                 let operation = format!("breaking the lock {}", key.name.id());

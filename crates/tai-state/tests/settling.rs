@@ -182,6 +182,40 @@ async fn keyed_and_fenced(inner: Arc<dyn Backend>) {
     assert_eq!(report.events, 5 * 4 * 3);
 }
 
+/// A release whose answer is lost, and whose lock somebody else has at once: it was released.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_is_no_loss() {
+    let inner: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
+    let other = TransactionManager::new(store(Arc::clone(&inner), []));
+    let is_over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stop = Arc::clone(&is_over);
+    let (lease, wait) = (Duration::from_secs(60), Duration::from_secs(20));
+    let taker = tokio::spawn(async move {
+        while !stop.load(std::sync::atomic::Ordering::SeqCst) {
+            if let Ok(lock) = other.try_acquire_lock("r", "taker", lease).await {
+                lock.release().await.unwrap();
+            }
+        }
+    });
+    for n in 0..200 {
+        // Only the release is lost, whichever commit that is.
+        let faults = FaultyBackend::new(Arc::clone(&inner), []);
+        let mut options = StoreOptions::default();
+        options.retry.base = Duration::from_millis(2);
+        let of_us = StateStore::with_backend(Arc::new(faults.clone()), options);
+        let manager = TransactionManager::new(&of_us);
+        let lock = manager.acquire_lock_within("r", "us", lease, wait).await.unwrap();
+        faults.inject([CommitFault::LostAnswer]);
+        let released = match n % 2 {
+            0 => lock.release().await,
+            _ => TransactionManager::new(&of_us).release_lock("r", &lock.lock_token).await,
+        };
+        released.unwrap();
+    }
+    is_over.store(true, std::sync::atomic::Ordering::SeqCst);
+    taker.await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn keyed_and_fenced_in_memory() {
     keyed_and_fenced(Arc::new(MemoryBackend::new())).await;

@@ -22,6 +22,7 @@ struct LeaseBody {
     fencing_token: u64,
     held: bool,
     broken: bool,
+    lost_token: u64,
     lease_ms: u64,
     /// By which clock, and when by it, the lease ends.
     clock: String,
@@ -39,6 +40,7 @@ pub(crate) fn lease_body(resource: &str, lease: &Lease) -> Result<Body> {
         fencing_token: lease.fencing_token,
         held: lease.held,
         broken: lease.broken,
+        lost_token: lease.lost_token,
         lease_ms: u64::try_from(lease.lease.as_millis()).unwrap_or(u64::MAX),
         clock: lease.ends.epoch.clone(),
         // What both backends hold; later than this nothing is.
@@ -65,6 +67,7 @@ pub(crate) fn read_lease(document: &Document) -> Result<Lease> {
         fencing_token: read.fencing_token,
         held: read.held,
         broken: read.broken,
+        lost_token: read.lost_token,
         lease: Duration::from_millis(read.lease_ms),
         ends: Moment { epoch: read.clock, micros: read.clock_micros },
         acquired_at: time(document, &read.acquired_at)?,
@@ -163,7 +166,7 @@ mod tests {
         ) {
             let at = DateTime::from_timestamp_micros(1_700_000_000_123_456).unwrap();
             let lease = Lease {
-                client_id: text.clone(), lock_token: text.clone(), fencing_token: token, held, broken: held,
+                client_id: text.clone(), lock_token: text.clone(), fencing_token: token, held, broken: held, lost_token: token - 1,
                 lease: Duration::from_millis(lease_ms),
                 ends: Moment { epoch: text.clone(), micros },
                 acquired_at: at, expires_at: at,
@@ -186,12 +189,12 @@ mod tests {
             (Kind::Locks, "{}", "corrupt"),
             (
                 Kind::Locks,
-                r#"{"format":2,"client_id":"","lock_token":"","fencing_token":1,"held":true,"broken":false,"lease_ms":1,"clock":"","clock_micros":1,"acquired_at":"","expires_at":""}"#,
+                r#"{"format":2,"client_id":"","lock_token":"","fencing_token":1,"held":true,"broken":false,"lost_token":0,"lease_ms":1,"clock":"","clock_micros":1,"acquired_at":"","expires_at":""}"#,
                 "newer_format",
             ),
             (
                 Kind::Locks,
-                r#"{"format":1,"client_id":"","lock_token":"","fencing_token":0,"held":true,"broken":false,"lease_ms":1,"clock":"","clock_micros":1,"acquired_at":"","expires_at":""}"#,
+                r#"{"format":1,"client_id":"","lock_token":"","fencing_token":0,"held":true,"broken":false,"lost_token":0,"lease_ms":1,"clock":"","clock_micros":1,"acquired_at":"","expires_at":""}"#,
                 "corrupt",
             ),
             (Kind::Commands, "[]", "corrupt"),

@@ -43,6 +43,11 @@ impl FaultyBackend {
         Self { inner, faults, is_held: Arc::new(watch::Sender::new(false)) }
     }
 
+    /// The next commits meet these.
+    pub fn inject(&self, faults: impl IntoIterator<Item = CommitFault>) {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).extend(faults);
+    }
+
     /// Commits wait from now on, before anything happens to them.
     pub fn hold(&self) {
         self.is_held.send_replace(true);
