@@ -269,17 +269,22 @@ fn is_gone(pid: &str) -> bool {
     test_kill_process(pid).is_err_and(|error| error == rustix::io::Errno::SRCH)
 }
 
+/// A script that says when it is asked to end, and ends. In a `wait` the shell hears it for sure; what
+/// comes just before a `read` waits for the end of that.
+fn heeds(exit: i32) -> String {
+    format!("trap 'echo asked; kill $!; exit {exit}' TERM; sleep 1000 & echo $$; wait; echo never")
+}
+
 fn a_broken_lock_ends_its_command(engine: Engine) {
     let store = engine.store();
     let by_force = Duration::from_secs(2);
     let ways = [
-        ("", &[][..], Duration::ZERO),
-        ("trap 'echo asked; exit 9' TERM;", &["asked"], Duration::ZERO),
-        ("trap '' TERM;", &[], by_force),
+        ("echo $$; read -r _; echo never".to_owned(), &[][..], Duration::ZERO),
+        (heeds(9), &["asked"], Duration::ZERO),
+        ("trap '' TERM; echo $$; read -r _; echo never".to_owned(), &[], by_force),
     ];
-    for (n, (trap, says, at_least)) in ways.into_iter().enumerate() {
+    for (n, (script, says, at_least)) in ways.into_iter().enumerate() {
         let name = format!("x{n}");
-        let script = format!("{trap} echo $$; read -r _; echo \"never\"");
         let mut runner = running(&store, &name, &["--ttl", "600ms", "--client", "ada"], &script);
         let pid = runner.next().unwrap();
         assert!(!is_gone(&pid));
@@ -288,12 +293,12 @@ fn a_broken_lock_ends_its_command(engine: Engine) {
         // It ends with its input still open.
         let input = runner.input.take();
         let ended = runner.ended();
-        assert!(from.elapsed() >= at_least, "{trap}: killed after {:?}", from.elapsed());
+        assert!(from.elapsed() >= at_least, "{script}: killed after {:?}", from.elapsed());
         drop(input);
-        assert_eq!(ended.exit, Some(4), "{trap}: {ended:?}");
-        assert!(is_gone(&pid), "{trap}: it runs on");
+        assert_eq!(ended.exit, Some(4), "{script}: {ended:?}");
+        assert!(is_gone(&pid), "{script}: it runs on");
         let (said, error) = (&ended.lines[..ended.lines.len() - 1], ended.error());
-        assert_eq!(said, says, "{trap}");
+        assert_eq!(said, says, "{script}");
         let told = (&error["code"], &error["lock"], &error["fencing_token"]);
         assert_eq!(told, (&json!("lock_lost"), &json!(name), &json!(1)));
         assert_eq!(next_token(&store, &name), 2);
@@ -309,13 +314,12 @@ fn a_broken_lock_ends_its_command(engine: Engine) {
 fn who_is_asked_to_end_asks_the_command(engine: Engine) {
     let store = engine.store();
     let ways = [
-        ("trap 'echo asked; exit 5' TERM", Signal::TERM, Some(5), &["asked"][..]),
-        ("trap 'echo asked; exit 5' TERM", Signal::HUP, Some(5), &["asked"]),
-        (":", Signal::TERM, Some(128 + 15), &[]),
+        (heeds(5), Signal::TERM, Some(5), &["asked"][..]),
+        (heeds(5), Signal::HUP, Some(5), &["asked"]),
+        ("echo $$; read -r _; echo never".to_owned(), Signal::TERM, Some(128 + 15), &[]),
     ];
-    for (n, (trap, signal, exit, says)) in ways.into_iter().enumerate() {
+    for (n, (script, signal, exit, says)) in ways.into_iter().enumerate() {
         let name = format!("x{n}");
-        let script = format!("{trap}; echo $$; read -r _; echo never");
         let mut runner = running(&store, &name, &["--ttl", "20s"], &script);
         let pid = runner.next().unwrap();
         until("that it catches the signal", || catches(runner.pid(), signal));
