@@ -241,11 +241,19 @@ impl Place {
             batch.extend(waiting.entries.pop_front());
         }
         waiting.sent_end = batch.last().map(|entry| entry.end.clone());
-        if batch.is_empty() {
-            waiting.is_sending = false;
-            waiting.end = None;
-        }
         batch
+    }
+
+    /// Notes what has become durable; whether more waits to be sent.
+    fn goes_on(&self, durable: &KnownHead) -> bool {
+        let mut waiting = self.waiting();
+        waiting.durable = Some(durable.clone());
+        waiting.is_sending = !waiting.entries.is_empty();
+        if !waiting.is_sending {
+            waiting.end = None;
+            waiting.sent_end = None;
+        }
+        waiting.is_sending
     }
 
     /// Gives up what was planned on something that did not become durable.
@@ -385,11 +393,12 @@ impl Records {
 
 /// Sends what is handed in at a line, commit after commit, until nothing waits.
 async fn send_all(records: Arc<Records>, mut sending: Sending, mut base: Option<KnownHead>) {
-    loop {
+    let mut records = Some(records);
+    while let Some(held) = &records {
         let mut batch = sending.place.take_batch();
         let Some(deadline) = batch.iter().map(|entry| entry.new.deadline).max_by_key(|d| d.left())
         else {
-            sending.has_ended = true;
+            // What waited was taken back.
             return;
         };
         let transitions: Vec<Transition> =
@@ -402,32 +411,30 @@ async fn send_all(records: Arc<Records>, mut sending: Sending, mut base: Option<
         metrics::histogram!("tai_state_commit_changes").record(transitions.len() as f64);
         let groups = [Steps { base: base.take(), transitions }];
         let proposal = Proposal { groups: &groups, guards: &[], beside: &beside };
-        match records.try_commit(proposal, deadline).await {
+        let refused = match held.try_commit(proposal, deadline).await {
             Ok(newest) => {
                 let newest = newest.into_iter().next().flatten();
                 // Others may have gone on from there already.
-                let newest = newest.filter(|known| Some(known.head.change.hash) == last);
-                match newest {
-                    Some(newest) => {
-                        sending.place.waiting().durable = Some(newest.clone());
-                        base = Some(newest);
-                    }
-                    None => {
-                        sending.has_ended = true;
-                        sending.place.discard();
-                    }
-                }
-                batch.into_iter().for_each(|entry| entry.answer(Ok(())));
+                base = newest.filter(|known| Some(known.head.change.hash) == last);
+                None
             }
-            Err(refused) => {
-                // First: who plans again must not plan on this.
-                sending.has_ended = true;
+            Err(refused) => Some(refused),
+        };
+        // First what comes next: who plans again must not plan on this.
+        sending.has_ended = match &base {
+            Some(newest) => !sending.place.goes_on(newest),
+            None => {
                 sending.place.discard();
-                refuse(batch, refused);
+                true
             }
-        }
+        };
+        // Whoever is answered may close the store: then nobody else must hold it.
         if sending.has_ended {
-            return;
+            records = None;
+        }
+        match refused {
+            Some(refused) => refuse(batch, refused),
+            None => batch.into_iter().for_each(|entry| entry.answer(Ok(()))),
         }
     }
 }
