@@ -13,9 +13,9 @@ use crate::{fence, name, on_both_at_once, show};
 
 /// The process that runs under the lock says who its parent is.
 const HOLD: &str = r#"echo "$TAI_LOCK_TOKEN $PPID"; read -r _; exit 0"#;
-const LEASE: Duration = Duration::from_secs(2);
+const LEASE: Duration = Duration::from_secs(4);
 /// It is renewed at a third of the lease, unless a busy machine is late.
-const LEFT_AT_LEAST: Duration = Duration::from_millis(1_000);
+const LEFT_AT_LEAST: Duration = Duration::from_millis(2_000);
 const CLOCKS: [&str; 3] = ["-1h", "+0", "+1h"];
 
 /// The binary with another time of day.
@@ -85,7 +85,7 @@ fn three_holders(engine: Engine) {
         assert!((hours - is).abs() < 0.5, "{clock}: {hours}");
         // Whoever waits for longer than the lease does not get it, whatever his clock says.
         let others = CLOCKS.into_iter().filter(|other| *other != clock);
-        let others: Vec<Tree> = others.map(|other| wants(other, &store, "3s")).collect();
+        let others: Vec<Tree> = others.map(|other| wants(other, &store, "5s")).collect();
         for other in CLOCKS {
             let shown = asked(other, &store, &["locks", "show", "r"]).ok().json();
             assert_eq!(
