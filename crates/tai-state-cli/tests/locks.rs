@@ -327,12 +327,20 @@ fn who_is_asked_to_end_asks_the_command(engine: Engine) {
         let input = runner.input.take();
         let ended = runner.ended();
         drop(input);
-        assert_eq!(
-            (ended.exit, ended.lines.as_slice()),
-            (exit, &says.iter().map(ToString::to_string).collect::<Vec<_>>()[..])
-        );
+        assert_eq!(ended.exit, exit, "{script}: {ended:?}");
+        assert_eq!(ended.lines, says, "{script}");
         assert!(is_gone(&pid));
         // Released, long before the lease would have ended.
+        assert_eq!(next_token(&store, &name), 2);
+    }
+    // Asked at once, by the command itself: it is never too early.
+    for n in 0..20 {
+        let name = format!("early{n}");
+        let mut runner = running(&store, &name, &["--ttl", "20s"], "kill -TERM $PPID; read -r _");
+        let input = runner.input.take();
+        let ended = runner.ended();
+        drop(input);
+        assert_eq!(ended.exit, Some(128 + 15), "{ended:?}");
         assert_eq!(next_token(&store, &name), 2);
     }
     // Ctrl-C reaches the command by itself; it is for the command to end.
@@ -362,14 +370,12 @@ fn writes_are_fenced(engine: Engine) {
     assert_eq!(put("1", &[fence(name, token)]).ok().json()["version"], 1);
     assert_eq!(put("2", &[fence(name, token), fence(other, 1)]).ok().json()["version"], 2);
     // From within, in the words of the help.
-    let (third, _) = held(&store, "t", &["--ttl", "30s"]);
     let binary = common::BINARY;
     let inner = format!(
         r#"{binary} -u '{}' put g/s --data 3 --fence "$TAI_LOCK_NAME=$TAI_LOCK_TOKEN""#,
         store.url
     );
     run(&store, "in", &inner).ok();
-    drop(third);
     let before = store.verified();
     let nothing_was_written = || {
         let now = store.verified();

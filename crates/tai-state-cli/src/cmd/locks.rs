@@ -109,6 +109,8 @@ async fn run_under(manager: &TransactionManager, args: &LocksRun) -> Outcome {
     let Some((program, arguments)) = args.command.split_first() else {
         return Err(Failure::usage("no command was given"));
     };
+    let failed = |error: std::io::Error| io("the command", &error);
+    let mut asked = Asked::listen().map_err(failed)?;
     let started = Command::new(program)
         .args(arguments)
         .env("TAI_LOCK_NAME", &args.name)
@@ -121,9 +123,8 @@ async fn run_under(manager: &TransactionManager, args: &LocksRun) -> Outcome {
             return Err(io(&program.to_string_lossy(), &error));
         }
     };
-    let failed = |error: std::io::Error| io("the command", &error);
     let ended = tokio::select! {
-        status = wait(&mut child) => Ok(status),
+        status = asked.wait(&mut child) => Ok(status),
         lost = lock.lost() => Err(lost),
     };
     match ended {
@@ -146,27 +147,52 @@ async fn run_under(manager: &TransactionManager, args: &LocksRun) -> Outcome {
     }
 }
 
-/// Waits for the command. Who asks this process to end asks the command; the terminal's Ctrl-C reaches
-/// both by itself.
+/// Who asks this process to end. It listens before the command starts, which may be what asks, and at
+/// once: unheard, that would end this process, and leave the command and the lock behind.
 #[cfg(unix)]
-async fn wait(child: &mut Child) -> std::io::Result<ExitStatus> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut hang_up = signal(SignalKind::hangup())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    loop {
-        tokio::select! {
-            status = child.wait() => return status,
-            _ = terminate.recv() => ask_to_end(child),
-            _ = hang_up.recv() => ask_to_end(child),
-            _ = interrupt.recv() => {}
+struct Asked {
+    terminate: tokio::signal::unix::Signal,
+    hang_up: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+#[cfg(unix)]
+impl Asked {
+    fn listen() -> std::io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for the command. Who asks this process to end asks the command; the terminal's Ctrl-C
+    /// reaches both by itself.
+    async fn wait(&mut self, child: &mut Child) -> std::io::Result<ExitStatus> {
+        loop {
+            tokio::select! {
+                status = child.wait() => return status,
+                _ = self.terminate.recv() => ask_to_end(child),
+                _ = self.hang_up.recv() => ask_to_end(child),
+                _ = self.interrupt.recv() => {}
+            }
         }
     }
 }
 
 #[cfg(not(unix))]
-async fn wait(child: &mut Child) -> std::io::Result<ExitStatus> {
-    child.wait().await
+struct Asked;
+
+#[cfg(not(unix))]
+impl Asked {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self)
+    }
+
+    async fn wait(&mut self, child: &mut Child) -> std::io::Result<ExitStatus> {
+        child.wait().await
+    }
 }
 
 #[cfg(unix)]
