@@ -214,6 +214,9 @@ pub(crate) struct Conditions {
     /// Only while this grant of a lock stands: its name and fencing token. May be given several times.
     #[arg(long, value_name = "LOCK=TOKEN", value_parser = fence)]
     pub(crate) fence: Vec<(String, u64)>,
+    /// The governor that the locks of --fence belong to. `locks run` sets it for its command.
+    #[arg(long, value_name = "GOVERNOR", default_value = tai_state::GLOBAL_GOVERNOR, env = "TAI_LOCK_GOVERNOR")]
+    pub(crate) fence_governor: String,
 }
 
 #[derive(Debug, Args)]
@@ -308,8 +311,8 @@ pub(crate) enum LocksCommand {
     Cleanup,
     /// Run a command while holding a lock.
     ///
-    /// The command finds TAI_LOCK_NAME and TAI_LOCK_TOKEN (the fencing token) in its environment, for
-    /// `put --fence "$TAI_LOCK_NAME=$TAI_LOCK_TOKEN"` and the like. The lease is renewed while it runs.
+    /// The command finds TAI_LOCK_NAME, TAI_LOCK_TOKEN (the fencing token) and TAI_LOCK_GOVERNOR in its
+    /// environment, for `put --fence "$TAI_LOCK_NAME=$TAI_LOCK_TOKEN"` and the like. The lease is renewed while it runs.
     /// When the lock is lost it gets SIGTERM and, two seconds later, SIGKILL, and the exit code is 4.
     /// Else its own exit code is passed on (128 + the signal that ended it).
     Run(LocksRun),

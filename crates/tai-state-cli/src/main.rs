@@ -103,7 +103,8 @@ async fn connect(global: &Global, create: bool) -> Outcome<StateStore> {
 /// The store under the conditions that a command was given.
 fn fenced(store: StateStore, conditions: &Conditions) -> Outcome<StateStore> {
     conditions.fence.iter().try_fold(store, |store, (lock, token)| {
-        Ok(store.fenced_by(tai_state::Fence::new(lock, *token)?))
+        let governor = &conditions.fence_governor;
+        Ok(store.fenced_by(tai_state::Fence::of_governor(governor, lock, *token)?))
     })
 }
 

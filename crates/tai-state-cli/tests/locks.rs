@@ -28,6 +28,7 @@ on_every_engine!(
     who_waits_gets_it,
     a_broken_lock_ends_its_command,
     who_is_asked_to_end_asks_the_command,
+    a_fence_is_of_its_governor,
     writes_are_fenced,
     writes_sent_again_are_answered_again,
     transactions_sent_again_are_answered_again,
@@ -350,6 +351,23 @@ fn who_is_asked_to_end_asks_the_command(engine: Engine) {
     runner.signal(Signal::INT);
     assert_eq!(show(&store, "y")["status"], "held");
     assert_eq!(runner.ended().exit, Some(0));
+}
+
+/// The same name and number under another governor is another lock.
+fn a_fence_is_of_its_governor(engine: Engine) {
+    let store = engine.store();
+    let (global, _) = held(&store, "m", &["--ttl", "20s"]);
+    let put = r#""$TAI_STATE" -u "$STORE" put g/of-another --data 1 --fence "$TAI_LOCK_NAME=$TAI_LOCK_TOKEN""#;
+    let locks = ["locks", "--governor", "other", "run", "m", "--", "bash", "-c", put];
+    let mut command = store.command(&locks);
+    command.env("TAI_STATE", common::BINARY).env("STORE", &store.url);
+    assert_eq!(common::run(command, b"").exit, 0);
+    store.json(&["locks", "--governor", "other", "break", "m"]).ok();
+    let elsewhere =
+        ["put", "g/of-another", "--data", "2", "--fence", "m=1", "--fence-governor", "other"];
+    refused(&store.json(&elsewhere), 4, "lock_lost");
+    store.run(&["put", "g/of-another", "--data", "2", "--fence", "m=1"]).ok();
+    assert_eq!(global.ended().exit, Some(0));
 }
 
 fn writes_are_fenced(engine: Engine) {

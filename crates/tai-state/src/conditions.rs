@@ -42,17 +42,12 @@ impl Conditions {
     /// With one more grant.
     pub(crate) fn fenced_by(&self, fence: Fence) -> Self {
         let mut conditions = self.clone();
-        // One document stands once in a commit. Of two grants of one resource the older cannot stand
-        // any more; the newer one says so when it is checked.
-        let Fence { token } = fence;
-        match conditions.fences.iter_mut().find(|other| other.key == token.key) {
-            Some(other) if other.fencing_token == token.fencing_token => {}
-            Some(other) => {
-                if token.fencing_token < other.fencing_token {
-                    *other = token;
-                }
-            }
-            None => conditions.fences.push(token),
+        // Two grants of one resource both stay: they cannot both stand, and the commit says so.
+        let is_same = |other: &Arc<Token>| {
+            other.key == fence.token.key && other.fencing_token == fence.token.fencing_token
+        };
+        if !conditions.fences.iter().any(is_same) {
+            conditions.fences.push(fence.token);
         }
         conditions
     }

@@ -207,7 +207,19 @@ impl Records {
         deadline: Deadline,
     ) -> Result<()> {
         let mut unseen = Vec::new();
-        for token in &proposal.beside.fences {
+        let fences = &proposal.beside.fences;
+        for token in fences {
+            // Of two grants of one resource the older is over, or the newer was never made.
+            let other = fences
+                .iter()
+                .find(|other| other.key == token.key && other.fencing_token != token.fencing_token);
+            if let Some(other) = other {
+                return Err(Error::LockLost {
+                    resource: token.key.name.id(),
+                    fencing_token: token.fencing_token.min(other.fencing_token),
+                    reason: "another grant of the same lock is asked for too".into(),
+                });
+            }
             if token.store.as_ref().is_some_and(|store| *store != self.identity().store) {
                 let subject = format!("a write fenced by the lock {}", token.key.name.id());
                 return Err(Error::refused(subject, "that is a lock of another store"));

@@ -448,6 +448,12 @@ async fn fences_of_other_processes_and_stores(make: Make<'_>) {
     }
     let of_another = other.fenced_by(&lock).save_state("g", "s", counter(1), why()).await;
     assert_eq!(of_another.unwrap_err().code(), "invalid_state");
+    // Two grants of one lock never stand at once, whichever of them is current.
+    for other in [0, 2] {
+        let twice = store.fenced_by(&lock).fenced_by(Fence::new("r", other).unwrap());
+        let refused = twice.save_state("g", "s", counter(2), why()).await;
+        assert!(matches!(refused, Err(Error::LockLost { .. })), "{refused:?}");
+    }
     // Two locks at once; when one is lost, nothing is written.
     let second = manager.acquire_lock("q", "a", LONG).await.unwrap();
     let both = store.fenced_by(&lock).fenced_by(&second).fenced_by(&lock);

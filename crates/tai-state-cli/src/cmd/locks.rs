@@ -43,7 +43,7 @@ pub(crate) async fn run(global: &Global, store: &StateStore, args: &Locks) -> Ou
             let text = format!("{freed} locks whose leases had ended are marked as free");
             output::object(global.output, &json!({"freed": freed}), &text)
         }
-        LocksCommand::Run(args) => run_under(&manager, args).await,
+        LocksCommand::Run(run) => run_under(&manager, &args.governor, run).await,
     }
 }
 
@@ -100,7 +100,7 @@ async fn list(global: &Global, manager: &TransactionManager) -> Outcome {
     rows.finish()
 }
 
-async fn run_under(manager: &TransactionManager, args: &LocksRun) -> Outcome {
+async fn run_under(manager: &TransactionManager, governor: &str, args: &LocksRun) -> Outcome {
     let client = args.client.clone().unwrap_or_else(|| {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         format!("{}:{}", host.trim(), std::process::id())
@@ -113,6 +113,7 @@ async fn run_under(manager: &TransactionManager, args: &LocksRun) -> Outcome {
     let mut asked = Asked::listen().map_err(failed)?;
     let started = Command::new(program)
         .args(arguments)
+        .env("TAI_LOCK_GOVERNOR", governor)
         .env("TAI_LOCK_NAME", &args.name)
         .env("TAI_LOCK_TOKEN", lock.fencing_token.to_string())
         .spawn();

@@ -194,6 +194,7 @@ pub(crate) fn program(name: &str) -> Command {
         "TAI_STATE_OUTPUT",
         "TAI_STATE_ACTOR",
         "TAI_STATE_ALLOW_EPHEMERAL_DISK",
+        "TAI_LOCK_GOVERNOR",
         "K_SERVICE",
         "FIRESTORE_EMULATOR_HOST",
         "GOOGLE_APPLICATION_CREDENTIALS",
