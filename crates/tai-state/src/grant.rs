@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::fence::Token;
 use crate::lease::{Lease, Now};
 use crate::leases::Put;
-use crate::patience::{Deadline, Tries};
+use crate::patience::Deadline;
 use crate::records::Records;
 
 /// After so long the backend's clock is read again: two clocks do not run at the same rate for ever.
@@ -159,7 +159,7 @@ impl Grant {
         let deadline = self.records.deadline();
         let mut anchor = self.anchor();
         let mut look = anchor.asked.elapsed() > ANCHOR_HOLDS || self.token.seen().is_none();
-        let mut tries = Tries::new(&self.records.options().retry, deadline);
+        let mut tries = self.records.tries(deadline);
         loop {
             if look {
                 anchor = self.look(deadline).await?;
@@ -167,7 +167,7 @@ impl Grant {
             let now = Now { moment: anchor.now(), wall: self.records.options().clock.now() };
             let lease = self.lease().renewed(&now);
             let write = [(self.key(), lease.clone(), self.token.seen())];
-            if let Put::Done(revisions) = self.records.put_leases(&write, deadline).await? {
+            if let Put::Done(revisions) = self.records.put_leases(&write, &mut tries).await? {
                 revisions.first().into_iter().for_each(|revision| self.token.see(*revision));
                 self.set_lease(lease);
                 return Ok(());
@@ -207,11 +207,11 @@ impl Grant {
             return Ok(());
         }
         let deadline = self.records.deadline();
-        let mut tries = Tries::new(&self.records.options().retry, deadline);
+        let mut tries = self.records.tries(deadline);
         loop {
             let lease = self.lease().released();
             let write = [(self.key(), lease, self.token.seen())];
-            if self.records.put_leases(&write, deadline).await?.is_done() {
+            if self.records.put_leases(&write, &mut tries).await?.is_done() {
                 break;
             }
             let keys = [self.key().clone()];
@@ -227,7 +227,7 @@ impl Grant {
                     return Err(self.lost(reason));
                 }
                 Some(found) if found.lease.broken => {
-                    let reason = "it was broken".to_owned();
+                    let reason = "it was taken away".to_owned();
                     self.end(State::Lost(reason.clone()));
                     return Err(self.lost(reason));
                 }

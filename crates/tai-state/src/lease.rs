@@ -146,8 +146,8 @@ impl Lease {
         Self { held: false, ..self.clone() }
     }
 
-    /// The same grant, taken away.
-    pub(crate) fn broken(&self) -> Self {
+    /// The same grant, taken away: broken, or marked as free after its lease had ended.
+    pub(crate) fn taken_away(&self) -> Self {
         Self { held: false, broken: true, ..self.clone() }
     }
 
@@ -181,7 +181,7 @@ impl Lease {
             Some(lease) if lease.fencing_token != fencing_token => {
                 format!("{} got it with fencing token {}", lease.client_id, lease.fencing_token)
             }
-            Some(lease) if lease.broken => "it was broken".to_owned(),
+            Some(lease) if lease.broken => "it was taken away".to_owned(),
             Some(lease) if !lease.held => "it was released".to_owned(),
             Some(_) => return Ok(()),
         };
@@ -256,7 +256,7 @@ mod tests {
         assert!(second.follows_a_release_of(1) && third.follows_a_release_of(1));
         assert!(third.follows_a_release_of(2) && !third.follows_a_release_of(3));
         // Past its lease, or broken.
-        for lost in [first.clone(), first.broken()] {
+        for lost in [first.clone(), first.taken_away()] {
             assert!(!grant(&lost).follows_a_release_of(1));
             assert!(!grant(&grant(&lost).released()).follows_a_release_of(1));
         }

@@ -92,6 +92,11 @@ impl Locks {
 }
 
 impl Records {
+    /// The tries of one call that writes locks.
+    pub(crate) fn tries(&self, deadline: Deadline) -> Tries<'_> {
+        Tries::new(&self.options.retry, deadline)
+    }
+
     /// The locks at these keys, and when that was.
     pub(crate) async fn look_at_leases(
         &self,
@@ -114,11 +119,12 @@ impl Records {
         Ok((leases, moment))
     }
 
-    /// Writes locks, each over the one that was found. Whatever is not done asks for a look.
+    /// Writes locks, each over the one that was found. Whatever is not done asks for a look; the caller's
+    /// tries are those of the whole call, so that looking and writing again do not multiply them.
     pub(crate) async fn put_leases(
         &self,
         leases: &[(&Key, Lease, Option<Revision>)],
-        deadline: Deadline,
+        tries: &mut Tries<'_>,
     ) -> Result<Put> {
         let mut writes = Vec::with_capacity(leases.len());
         for (key, lease, over) in leases {
@@ -126,7 +132,6 @@ impl Records {
             let body = schema::lease_body(&key.name.id(), lease)?;
             writes.push(Write::put((*key).clone(), body, guard));
         }
-        let mut tries = Tries::new(&self.options.retry, deadline);
         loop {
             let error = match tries.once(self.backend.commit(writes.clone())).await {
                 Some(Ok(committed)) => {

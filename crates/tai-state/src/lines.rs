@@ -408,11 +408,12 @@ async fn send_all(records: Arc<Records>, mut sending: Sending, mut base: Option<
             [only] => std::mem::take(&mut only.new.beside),
             _ => Beside::default(),
         };
-        metrics::histogram!("tai_state_commit_changes").record(transitions.len() as f64);
+        let changes = transitions.len();
         let groups = [Steps { base: base.take(), transitions }];
         let proposal = Proposal { groups: &groups, guards: &[], beside: &beside };
         let refused = match held.try_commit(proposal, deadline).await {
             Ok(newest) => {
+                metrics::histogram!("tai_state_commit_changes").record(changes as f64);
                 let newest = newest.into_iter().next().flatten();
                 // Others may have gone on from there already.
                 base = newest.filter(|known| Some(known.head.change.hash) == last);

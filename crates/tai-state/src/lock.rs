@@ -17,7 +17,7 @@ use crate::grant::{Anchor, Grant, State};
 use crate::lease::{Lease, Now, Standing, Wanted};
 use crate::leases::{FoundLease, Put};
 use crate::manager::TransactionManager;
-use crate::patience::{Deadline, Tries};
+use crate::patience::Deadline;
 use crate::reader::Watch;
 use crate::records::Records;
 
@@ -224,7 +224,7 @@ async fn give_back(records: &Records, keys: &[Key], wanted: &[Wanted]) -> Result
             found.filter(|found| found.lease.held && found.lease.lock_token == wanted.lock_token);
         if let Some(found) = ours {
             let write = [(key, found.lease.released(), Some(found.revision))];
-            records.put_leases(&write, deadline).await?;
+            records.put_leases(&write, &mut records.tries(deadline)).await?;
         }
     }
     Ok(())
@@ -309,7 +309,7 @@ impl TransactionManager {
             return grant.release().await;
         }
         let deadline = self.records.deadline();
-        let mut tries = Tries::new(&self.records.options().retry, deadline);
+        let mut tries = self.records.tries(deadline);
         let mut sent = None;
         loop {
             let keys = [key.clone()];
@@ -335,7 +335,7 @@ impl TransactionManager {
             }
             sent = Some(lease.fencing_token);
             let write = [(&key, lease.released(), Some(revision))];
-            if self.records.put_leases(&write, deadline).await?.is_done() {
+            if self.records.put_leases(&write, &mut tries).await?.is_done() {
                 return Ok(());
             }
             if !tries.again(false).await {
@@ -378,7 +378,7 @@ impl TransactionManager {
     pub async fn break_lock(&self, resource: impl AsRef<str>) -> Result<Option<LockRecord>> {
         let key = lock_key(&self.governor, resource.as_ref())?;
         let deadline = self.records.deadline();
-        let mut tries = Tries::new(&self.records.options().retry, deadline);
+        let mut tries = self.records.tries(deadline);
         let mut sent: Option<LockRecord> = None;
         loop {
             let keys = [key.clone()];
@@ -397,8 +397,8 @@ impl TransactionManager {
             }
             let Some(found) = found.filter(|found| found.lease.held) else { return Ok(None) };
             sent = Some(LockRecord::new(&self.records, &key, &found, &now));
-            let write = [(&key, found.lease.broken(), Some(found.revision))];
-            if self.records.put_leases(&write, deadline).await?.is_done() {
+            let write = [(&key, found.lease.taken_away(), Some(found.revision))];
+            if self.records.put_leases(&write, &mut tries).await?.is_done() {
                 return Ok(sent);
             }
             if !tries.again(false).await {
@@ -420,9 +420,11 @@ impl TransactionManager {
         for (key, found) in all {
             let is_over = self.records.locks.standing(&key, &found, &now) == Standing::Free;
             if found.lease.held && is_over {
-                let write = [(&key, found.lease.released(), Some(found.revision))];
+                // Not as released: its holder must not take it for his own release.
+                let write = [(&key, found.lease.taken_away(), Some(found.revision))];
                 // One that was taken meanwhile stays with whoever took it.
-                let done = self.records.put_leases(&write, self.records.deadline()).await?;
+                let mut tries = self.records.tries(self.records.deadline());
+                let done = self.records.put_leases(&write, &mut tries).await?;
                 freed += u64::from(done.is_done());
             }
         }
@@ -449,7 +451,7 @@ impl TransactionManager {
             None => None,
         };
         let mut alarm: Option<Watch> = None;
-        let mut late_tries = 0;
+        let (mut late_tries, mut unclear) = (0, 0);
         loop {
             let asked = Stopwatch::start();
             // A look must have its time, however short the wait.
@@ -468,7 +470,15 @@ impl TransactionManager {
                 if late_tries > LATE_TRIES {
                     return Err(held("others", pursuit.keys.first(), 0));
                 }
-                tokio::time::sleep(jitter(SPREAD)).await;
+                // Who gets no answer does not hammer; who lost a race tries again soon.
+                let wait = match pursuit.is_unclear {
+                    true => {
+                        unclear += 1;
+                        retry.backoff(unclear)
+                    }
+                    false => jitter(SPREAD),
+                };
+                tokio::time::sleep(wait).await;
                 continue;
             };
             if waiting.is_over() || (place.is_some() && turn.is_none()) {
@@ -576,7 +586,8 @@ impl TransactionManager {
             leases.push((key, lease, found.as_ref().map(|found| found.revision)));
         }
         pursuit.may_have = true;
-        let revisions = match self.records.put_leases(&leases, deadline).await? {
+        let put = self.records.put_leases(&leases, &mut self.records.tries(deadline)).await?;
+        let revisions = match put {
             Put::Done(revisions) => revisions,
             put => {
                 pursuit.is_unclear |= matches!(put, Put::Unclear);

@@ -322,13 +322,14 @@ impl TransactionManager {
             note.record.id = transaction.id().to_owned();
             let outcome = body(transaction.clone()).await;
             let mut work = transaction.end().await;
-            lost = note.touched(&work);
+            lost = Lost { waits: lost.waits, ..note.touched(&work) };
             let attempt = match (work.spoiled.take(), outcome) {
                 (Some(conflict), _) => Err(Attempt::Lost(conflict, Sleep::No)),
                 (None, Err(error)) => Err(self.judge(error, work, deadline).await),
-                (None, Ok(value)) => {
-                    self.commit(work, &mut held, deadline).await.map(|status| (value, status))
-                }
+                (None, Ok(value)) => self
+                    .commit(work, &mut held, lost.waits, deadline)
+                    .await
+                    .map(|status| (value, status)),
             };
             drop(held);
             let (conflict, sleep) = match attempt {
@@ -417,6 +418,7 @@ impl TransactionManager {
         &self,
         mut work: Work,
         held: &mut Held,
+        alone: bool,
         deadline: Deadline,
     ) -> Result<TransactionStatus, Attempt> {
         let was_answered = work.was_answered();
@@ -436,8 +438,9 @@ impl TransactionManager {
                     }
                 }
             } else if is_single {
-                let entry =
-                    NewEntry { steps: touched.steps, alone: !beside.is_empty(), beside, deadline };
+                // What was sent back again and again may be what spoils the commit for others.
+                let alone = alone || !beside.is_empty();
+                let entry = NewEntry { steps: touched.steps, beside, alone, deadline };
                 return self.hand_in(&address, touched.seen.into(), entry, held).await;
             } else {
                 let Seen::Known(base) = touched.seen else {

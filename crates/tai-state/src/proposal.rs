@@ -73,7 +73,8 @@ pub(crate) struct Proposal<'a> {
 }
 
 impl Proposal<'_> {
-    /// The list of writes. What a reader of half a commit must not miss comes first, heads come last: see [`Backend::commit`](crate::backend::Backend::commit).
+    /// The list of writes. What a reader of half a commit must not miss comes first, heads come last:
+    /// see [`Backend::commit`](crate::backend::Backend::commit).
     pub(crate) fn writes(&self, limits: &Limits) -> Result<Vec<Write>> {
         let mut writes = Vec::new();
         let mut heads = Vec::new();

@@ -4,24 +4,24 @@
 // A thread that does something else is what one of the cases is about.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods)]
 
-#[path = "common/slow.rs"]
-mod backends;
 mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use backends::{Lossy, Slow};
 use common::{counter, options, snapshot, why};
 use serde_json::json;
 use tai_state::backend::Backend;
 use tai_state::backend::memory::MemoryBackend;
+use tai_state::testing::faults::{CommitFault, FaultyBackend};
 use tai_state::{Error, StateStore, StoreOptions, TransactionManager};
 
+/// A store whose commits take a while, as over a network.
 fn slow(ms: u64, options: StoreOptions) -> StateStore {
-    let inner: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
-    StateStore::with_backend(Arc::new(Slow { inner, commit: Duration::from_millis(ms) }), options)
+    let backend = FaultyBackend::new(Arc::new(MemoryBackend::new()), []);
+    let backend = backend.slowed(Duration::from_millis(ms));
+    StateStore::with_backend(Arc::new(backend), options)
 }
 
 /// The second attempt touches one state only: its change goes to the line of that state.
@@ -353,31 +353,42 @@ fn a_runtime_that_stands_still() {
 /// A read that is given up must not move the cut.
 #[tokio::test]
 async fn a_read_that_is_given_up_leaves_the_cut_as_it_is() {
-    let store = slow(0, StoreOptions::default());
+    let folder = tempfile::tempdir().unwrap();
+    let store = StateStore::open(folder.path().join("a.tai")).await.unwrap();
     let manager = TransactionManager::new(&store);
-    for s in ["a", "b", "slow"] {
+    for s in ["a", "b", "c"] {
         store.save_state("g", s, counter(0), why()).await.unwrap();
     }
-    let (a, b) = manager
-        .execute_transaction("g", |tx| {
-            let (manager, _store) = (manager.clone(), store.clone());
-            async move {
-                let a = tx.get_state("g", "a").await?.0;
-                let slow = tx.get_state("g", "slow");
-                assert!(tokio::time::timeout(Duration::from_millis(5), slow).await.is_err());
-                manager
-                    .execute_transaction("g", |tx| async move {
-                        tx.save_state("g", "a", counter(1), why()).await?;
-                        tx.save_state("g", "b", counter(1), why()).await
-                    })
-                    .await?;
-                let b = tx.get_state("g", "b").await?.0;
-                Ok((a.data["count"].clone(), b.data["count"].clone()))
-            }
-        })
-        .await
-        .unwrap();
-    assert_eq!(a, b, "the two are always written together");
+    let given_up = AtomicU64::new(0);
+    for n in 1..=20 {
+        let (a, b) = manager
+            .execute_transaction("g", |tx| {
+                let (manager, given_up) = (manager.clone(), &given_up);
+                async move {
+                    let a = tx.get_state("g", "a").await?.0;
+                    {
+                        // Begun, and dropped before its answer is there.
+                        let mut c = Box::pin(tx.get_state("g", "c"));
+                        let begun = std::future::poll_fn(|context| {
+                            std::task::Poll::Ready(c.as_mut().poll(context).is_pending())
+                        });
+                        given_up.fetch_add(u64::from(begun.await), Ordering::SeqCst);
+                    }
+                    manager
+                        .execute_transaction("g", |tx| async move {
+                            tx.save_state("g", "a", counter(n), why()).await?;
+                            tx.save_state("g", "b", counter(n), why()).await
+                        })
+                        .await?;
+                    let b = tx.get_state("g", "b").await?.0;
+                    Ok((a.data["count"].clone(), b.data["count"].clone()))
+                }
+            })
+            .await
+            .unwrap();
+        assert_eq!(a, b, "the two are always written together");
+    }
+    assert!(given_up.into_inner() > 0, "no read was given up");
 }
 
 /// What is not sent before the deadline is surely not applied.
@@ -406,7 +417,7 @@ async fn a_closure_that_takes_too_long() {
 async fn two_processes_on_a_hot_state() {
     let inner: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
     let handle = || {
-        let slow = Slow { inner: Arc::clone(&inner), commit: Duration::from_millis(10) };
+        let slow = FaultyBackend::new(Arc::clone(&inner), []).slowed(Duration::from_millis(10));
         StateStore::with_backend(Arc::new(slow), options(|o| o.retry.max_attempts = 12))
     };
     let stores = [handle(), handle()];
@@ -442,21 +453,110 @@ async fn two_processes_on_a_hot_state() {
 /// Who renews or releases while commits fail does not hammer.
 #[tokio::test]
 async fn renewals_and_releases_do_not_hammer() {
-    let (lose, commits) = (Arc::default(), Arc::<AtomicU64>::default());
-    let inner: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
-    let lossy = Lossy { inner, lose: Arc::clone(&lose), commits: Arc::clone(&commits) };
-    let store = StateStore::with_backend(Arc::new(lossy), StoreOptions::default());
+    let backend = FaultyBackend::new(Arc::new(MemoryBackend::new()), []);
+    let store = StateStore::with_backend(Arc::new(backend.clone()), StoreOptions::default());
     let manager = TransactionManager::new(&store);
     let lock = manager.acquire_lock("r", "me", Duration::from_secs(3)).await.unwrap();
-    lose.store(true, Ordering::SeqCst);
-    commits.store(0, Ordering::SeqCst);
+    backend.inject(vec![CommitFault::LostRequest; 100_000]);
+    let before = backend.commits();
     tokio::time::sleep(Duration::from_millis(2_000)).await;
-    let renewals = commits.swap(0, Ordering::SeqCst);
+    let renewals = backend.commits() - before;
     drop(lock);
     tokio::time::sleep(Duration::from_millis(1_000)).await;
-    let releases = commits.load(Ordering::SeqCst);
-    println!("{renewals} commits to renew in 1 s, {releases} to release in 1 s");
-    assert!(renewals < 50 && releases < 50);
+    let releases = backend.commits() - before - renewals;
+    let waiting =
+        manager.acquire_lock_within("q", "me", Duration::from_secs(3), Duration::from_secs(1));
+    waiting.await.unwrap_err();
+    let acquisitions = backend.commits() - before - renewals - releases;
+    println!(
+        "{renewals} commits to renew in 1 s, {releases} to release and {acquisitions} to acquire in 1 s"
+    );
+    assert!((1..50).contains(&renewals) && releases < 50 && acquisitions < 50);
+}
+
+/// Looking and writing again share one budget of tries: whatever the mix of failures, a release is sent
+/// as often as the policy says.
+#[tokio::test]
+async fn tries_of_a_release_do_not_multiply() {
+    let backend = FaultyBackend::new(Arc::new(MemoryBackend::new()), []);
+    let options = options(|o| o.retry.base = Duration::from_millis(1));
+    let most = u64::from(options.retry.max_attempts);
+    let store = StateStore::with_backend(Arc::new(backend.clone()), options);
+    let manager = TransactionManager::new(&store);
+    let lock = manager.acquire_lock("r", "me", Duration::from_secs(60)).await.unwrap();
+    let mix = [CommitFault::Unavailable, CommitFault::Unavailable, CommitFault::LostRequest];
+    backend.inject(mix.into_iter().cycle().take(200));
+    let before = backend.commits();
+    manager.release_lock("r", &lock.lock_token).await.unwrap_err();
+    assert_eq!(backend.commits() - before, most);
+    std::mem::forget(lock);
+}
+
+/// A holder whose lease has ended, and whose lock was cleaned up and given to another, is told so.
+#[tokio::test]
+async fn what_was_cleaned_up_was_not_released() {
+    let store = StateStore::in_memory();
+    let manager = TransactionManager::new(&store);
+    let lease = Duration::from_millis(60);
+    let lock = {
+        // Its renewal ends with its runtime.
+        let manager = manager.clone();
+        let held = std::thread::spawn(move || {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let lock = runtime.block_on(manager.try_acquire_lock("r", "late", lease)).unwrap();
+            runtime.shutdown_background();
+            lock
+        });
+        held.join().unwrap()
+    };
+    while manager.cleanup_expired_locks().await.unwrap() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let next = manager.acquire_lock("r", "next", Duration::from_secs(60)).await.unwrap();
+    let late = lock.release().await.unwrap_err();
+    assert!(matches!(late, Error::LockLost { fencing_token: 1, .. }), "{late}");
+    next.release().await.unwrap();
+}
+
+/// What an engine refuses is refused by itself, however often its transaction shares a commit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_engine_refuses_spoils_no_other() {
+    let backend = FaultyBackend::new(Arc::new(MemoryBackend::new()), []).refusing("poison");
+    let backend = backend.slowed(Duration::from_millis(5));
+    let store = StateStore::with_backend(Arc::new(backend), StoreOptions::default());
+    let save = |text: &str| snapshot("s", json!({ "text": text }));
+    store.save_state("g", "s", save("first"), why()).await.unwrap();
+    let manager = TransactionManager::new(&store);
+    let mut tasks = tokio::task::JoinSet::new();
+    for task in 0..12u64 {
+        let (manager, text) = (manager.clone(), if task % 4 == 0 { "poison" } else { "good" });
+        let new = save(text);
+        tasks.spawn(async move {
+            let mut outcomes = Vec::new();
+            for _ in 0..3 {
+                let write = manager.execute_transaction("g", |tx| {
+                    let new = new.clone();
+                    async move {
+                        let (_, version) = tx.get_state("g", "s").await?;
+                        tx.update_state("g", "s", new, version, why()).await
+                    }
+                });
+                outcomes.push(write.await);
+            }
+            (text, outcomes)
+        });
+    }
+    for (text, outcomes) in tasks.join_all().await {
+        for outcome in outcomes {
+            match (text, outcome) {
+                ("good", Ok(_)) => {}
+                ("poison", Err(error)) => assert_eq!(error.code(), "invalid_state", "{error}"),
+                (text, outcome) => panic!("{text}: {outcome:?}"),
+            }
+        }
+    }
+    assert_eq!(store.get_state("g", "s").await.unwrap().1, 1 + 9 * 3);
 }
 
 /// No clock makes a lock panic, or a lock that cannot be read.

@@ -1,14 +1,16 @@
 //! A backend between which and its caller answers are lost.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
 
 use crate::backend::{
     Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Moment,
-    Name, Page, Query, Read, Scan, Write,
+    Name, Operation, Page, Query, Read, Scan, Write,
 };
 
 /// What happens to one commit.
@@ -27,20 +29,43 @@ pub enum CommitFault {
     Duplicated,
 }
 
-/// A backend with faults in its commits: the first fault that was given is met by the first commit,
+/// A backend that takes its time, counts, and has faults in its commits: the first fault that was given is met by the first commit,
 /// and so on; after the last everything goes through.
 #[derive(Debug, Clone)]
 pub struct FaultyBackend {
     inner: Arc<dyn Backend>,
     faults: Arc<Mutex<VecDeque<CommitFault>>>,
     is_held: Arc<watch::Sender<bool>>,
+    commits: Arc<AtomicU64>,
+    delay: Duration,
+    poison: Option<&'static str>,
 }
 
 impl FaultyBackend {
     /// Puts faults before a backend.
     pub fn new(inner: Arc<dyn Backend>, faults: impl IntoIterator<Item = CommitFault>) -> Self {
         let faults = Arc::new(Mutex::new(faults.into_iter().collect()));
-        Self { inner, faults, is_held: Arc::new(watch::Sender::new(false)) }
+        let is_held = Arc::new(watch::Sender::new(false));
+        let (commits, delay, poison) = (Arc::default(), Duration::ZERO, None);
+        Self { inner, faults, is_held, commits, delay, poison }
+    }
+
+    /// Each commit takes so much longer.
+    #[must_use]
+    pub fn slowed(self, delay: Duration) -> Self {
+        Self { delay, ..self }
+    }
+
+    /// Refuses each commit that holds a body with this text, as an engine refuses what it cannot keep.
+    #[must_use]
+    pub fn refusing(self, poison: &'static str) -> Self {
+        Self { poison: Some(poison), ..self }
+    }
+
+    /// How many commits have come.
+    #[must_use]
+    pub fn commits(&self) -> u64 {
+        self.commits.load(Ordering::SeqCst)
     }
 
     /// The next commits meet these.
@@ -99,6 +124,17 @@ impl Read for FaultyBackend {
 #[async_trait]
 impl Backend for FaultyBackend {
     async fn commit(&self, writes: Vec<Write>) -> Result<Committed, BackendError> {
+        self.commits.fetch_add(1, Ordering::SeqCst);
+        if !self.delay.is_zero() {
+            tokio::time::sleep(self.delay).await;
+        }
+        let is_poison = |write: &Write| match (&write.operation, self.poison) {
+            (Operation::Put(body), Some(poison)) => body.as_text().contains(poison),
+            _ => false,
+        };
+        if writes.iter().any(is_poison) {
+            return Err(BackendError::Invalid("a body that it cannot keep".into()));
+        }
         // The sender lives as long as this does.
         let _ = self.is_held.subscribe().wait_for(|is_held| !is_held).await;
         let fault = {
