@@ -166,26 +166,33 @@ async fn answer(
             }
         })
         .await;
-    let outcome = match outcome {
+    let (was_answered, outcome) = match outcome {
         Ok(done) => {
             let (results, was_answered) = done.value;
-            match was_answered {
-                true => {
-                    filled(store, request, results).await.map(|results| (results, done.attempts))
-                }
-                false => Ok((results, done.attempts)),
-            }
+            let results = match was_answered {
+                true => filled(store, request, results).await,
+                false => Ok(results),
+            };
+            (was_answered, results.map(|results| (results, done.attempts)))
         }
-        Err(error) => Err(error),
+        Err(error) => (false, Err(error)),
     };
+    said(&request.id, outcome, was_answered)
+}
+
+/// The line that says it. What was answered before was applied, also if its answer cannot be told again.
+fn said(id: &Value, outcome: Result<(Vec<Value>, u32), Error>, was_answered: bool) -> Value {
     match outcome {
         Ok((results, attempts)) => {
-            json!({ "id": request.id, "ok": true, "results": results, "attempts": attempts })
+            json!({ "id": id, "ok": true, "results": results, "attempts": attempts })
         }
         Err(error) => {
-            let unknown = matches!(error, Error::OutcomeUnknown { .. });
-            let outcome = if unknown { "unknown" } else { "not_applied" };
-            refused(&request.id, error.into(), outcome)
+            let outcome = match error {
+                _ if was_answered => "applied",
+                Error::OutcomeUnknown { .. } => "unknown",
+                _ => "not_applied",
+            };
+            refused(id, error.into(), outcome)
         }
     }
 }
@@ -209,19 +216,14 @@ fn kept(results: &[Value]) -> Vec<Value> {
         bytes += result.to_string().len();
         match result {
             // What is absent cannot be read again, and is not large.
-            Value::Object(fields)
-                if bytes > MOST_KEPT && fields.get("version") != Some(&json!(0)) =>
-            {
-                Value::Object(fields.iter().filter(|(k, _)| *k == "version").map(own).collect())
-            }
+            Value::Object(fields) if bytes > MOST_KEPT => match fields.get("version") {
+                Some(version) if *version != json!(0) => json!({ "version": version }),
+                _ => result.clone(),
+            },
             whole => whole.clone(),
         }
     };
     results.iter().map(shortened).collect()
-}
-
-fn own((key, value): (&String, &Value)) -> (String, Value) {
-    (key.clone(), value.clone())
 }
 
 /// The kept results, with what was too large to be kept read again.
@@ -334,6 +336,33 @@ fn sum(a: &Number, b: &Number) -> Option<Number> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn outcomes_say_whether_it_was_applied() {
+        let lost = || Error::Timeout {
+            operation: "reading".into(),
+            after: std::time::Duration::from_secs(1),
+        };
+        let unknown = Error::OutcomeUnknown {
+            governor: "g".into(),
+            state: "s".into(),
+            version: 1,
+            event_id: "e".into(),
+            source: None,
+        };
+        let id = json!("t");
+        let done = said(&id, Ok((vec![json!({"version": 1})], 2)), false);
+        assert_eq!(
+            done,
+            json!({"id": "t", "ok": true, "results": [{"version": 1}], "attempts": 2})
+        );
+        for (error, was_answered, outcome) in
+            [(lost(), false, "not_applied"), (lost(), true, "applied"), (unknown, false, "unknown")]
+        {
+            let told = said(&id, Err(error), was_answered);
+            assert_eq!((&told["ok"], &told["outcome"]), (&json!(false), &json!(outcome)), "{told}");
+        }
+    }
 
     #[test]
     fn sums_are_exact_or_refused() {
