@@ -353,50 +353,6 @@ impl Error {
         Self::InvalidState { subject: subject.into(), reason: reason.into() }
     }
 
-    /// The same once more, for another who waited for the same answer; what lies below becomes text.
-    pub(crate) fn again(&self) -> Self {
-        match self {
-            Self::VersionConflict { governor, state, expected, actual } => Self::VersionConflict {
-                governor: governor.clone(),
-                state: state.clone(),
-                expected: *expected,
-                actual: *actual,
-            },
-            Self::InvalidState { subject, reason } => Self::refused(subject, reason),
-            Self::Timeout { operation, after } => {
-                Self::Timeout { operation: operation.clone(), after: *after }
-            }
-            Self::Corrupt { location, reason } => Self::corrupt(location, reason),
-            Self::TooLarge { what, size, limit } => {
-                Self::TooLarge { what: what.clone(), size: *size, limit: *limit }
-            }
-            Self::PermissionDenied { location, reason } => {
-                Self::PermissionDenied { location: location.clone(), reason: reason.clone() }
-            }
-            Self::StorageFull { location } => Self::StorageFull { location: location.clone() },
-            Self::Storage { location, reason } => {
-                Self::Storage { location: location.clone(), reason: reason.clone() }
-            }
-            Self::LockLost { resource, fencing_token, reason } => Self::LockLost {
-                resource: resource.clone(),
-                fencing_token: *fencing_token,
-                reason: reason.clone(),
-            },
-            Self::NotAStore { location, reason } => {
-                Self::NotAStore { location: location.clone(), reason: reason.clone() }
-            }
-            Self::StoreReplaced { location, expected, found } => Self::StoreReplaced {
-                location: location.clone(),
-                expected: expected.clone(),
-                found: found.clone(),
-            },
-            Self::Moved { location, to } => {
-                Self::Moved { location: location.clone(), to: to.clone() }
-            }
-            other => Self::Firestore { message: other.to_string(), source: None },
-        }
-    }
-
     pub(crate) fn corrupt(location: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Corrupt { location: location.into(), reason: reason.into() }
     }

@@ -459,7 +459,13 @@ fn refuse(batch: Vec<Entry>, refused: Refused) {
                 let reason = source.as_ref().map_or_else(String::new, ToString::to_string);
                 first.unknown(Error::Firestore { message: reason, source: None })
             }
-            error if error.is_transient() => error.again(),
+            // It was surely not applied, and may be later.
+            Error::Timeout { operation, after } => {
+                Error::Timeout { operation: operation.clone(), after: *after }
+            }
+            Error::Firestore { message, .. } => {
+                Error::Firestore { message: message.clone(), source: None }
+            }
             // It may be the fault of another in the same commit.
             _ => {
                 stale(entry, true);
