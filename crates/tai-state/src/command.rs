@@ -63,6 +63,7 @@ fn fingerprint(request: &Request) -> Hash {
     let wish = match &request.wish {
         Wish::Put(data) => json!({ "put": data }),
         Wish::Delete => json!("delete"),
+        Wish::Purge => json!("purge"),
     };
     let expect = match &request.expect {
         Expect::Any => json!("any"),
@@ -137,10 +138,7 @@ impl Records {
                 first_version: version + 1,
             });
         };
-        let before = found.pop().flatten().map(|change| {
-            let first_version = change.version;
-            Arc::new(Head { change, snapshot_versions: Vec::new(), first_version })
-        });
+        let before = found.pop().flatten().map(|change| Arc::new(Head::new(change)));
         Ok(Some((change, before)))
     }
 

@@ -170,7 +170,7 @@ pub struct ExportSummary {
 
 /// Counts and hashes what a log says, in canonical order: by governor, state and version, ids in
 /// the order of their escaped bytes. Equal histories have equal hashes on every backend.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct ContentHash {
     hasher: Hasher,
     line: Vec<u8>,
@@ -346,12 +346,7 @@ impl StateStore {
         let at = format!(" at {}", format_time(&time));
         let head = known.ok_or_else(|| not_found(&address, at.clone()))?;
         let first = head.head.first_version;
-        let newest = if self.records.reads_are_cheap() {
-            self.newest_by_halving(&address, &head, time).await?
-        } else {
-            self.records.reader().newest_until(&address, &time).await?
-        };
-        match newest {
+        match self.newest_until(&address, &head, time).await? {
             Some(change) if change.deleted => Err(deleted_then(&address, &at)),
             Some(change) => Ok(StateRecord::new(&change, first)),
             None if first > 1 => Err(trimmed(&address, &head, &at)),
@@ -359,8 +354,25 @@ impl StateStore {
         }
     }
 
-    /// The newest change that is not later than a time. Times never fall with rising versions, so it
-    /// is found by halving.
+    /// The newest change that is kept and not later than a time.
+    pub(crate) async fn newest_until(
+        &self,
+        address: &Address,
+        head: &KnownHead,
+        time: DateTime<Utc>,
+    ) -> Result<Option<Change>> {
+        if head.head.change.timestamp <= time {
+            return Ok(Some(head.head.change.clone()));
+        }
+        if self.records.reads_are_cheap() {
+            return self.newest_by_halving(address, head, time).await;
+        }
+        let found = self.records.reader().newest_until(address, &time).await?;
+        // What was given up may still stand for a while.
+        Ok(found.filter(|change| change.version >= head.head.first_version))
+    }
+
+    /// Times never fall with rising versions, so it is found by halving.
     async fn newest_by_halving(
         &self,
         address: &Address,
@@ -476,7 +488,12 @@ impl StateStore {
     }
 
     /// The change that made a version which must be there.
-    async fn change_at(&self, address: &Address, head: &KnownHead, version: u64) -> Result<Change> {
+    pub(crate) async fn change_at(
+        &self,
+        address: &Address,
+        head: &KnownHead,
+        version: u64,
+    ) -> Result<Change> {
         if version == head.head.version() {
             return Ok(head.head.change.clone());
         }

@@ -5,20 +5,19 @@ use std::sync::Arc;
 use chrono::{DateTime, Utc};
 use serde_json::Value;
 
-use crate::chain::Change;
 use crate::clock::new_event_id;
 use crate::clock_vector::VectorClockSnapshot;
 use crate::conditions::Conditions;
 use crate::config::PersistenceConfig;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::event::Event;
 use crate::json::{MAX_DEPTH, depth_exceeds, refuse_deep, too_deep};
 use crate::keys::Address;
 use crate::records::Records;
-use crate::replay::Replay;
+use crate::recovery::{Recovered, RecoveryReport};
 use crate::state::{ChangeMetadata, StateSnapshot};
 use crate::store::{StateStore, not_found};
-use crate::transition::{Expect, Head, Request, Wish};
+use crate::transition::{Expect, Request, Wish};
 
 /// Logs the transitions of state machines and brings their states back from the log.
 ///
@@ -39,9 +38,9 @@ use crate::transition::{Expect, Head, Request, Wish};
 /// ```
 #[derive(Debug, Clone)]
 pub struct StateMachinePersister {
-    records: Arc<Records>,
-    conditions: Conditions,
-    config: PersistenceConfig,
+    pub(crate) records: Arc<Records>,
+    pub(crate) conditions: Conditions,
+    pub(crate) config: PersistenceConfig,
 }
 
 /// A transition with all that may be said of it; [`StateMachinePersister::append`] takes it.
@@ -171,7 +170,7 @@ impl StateMachinePersister {
         let NewTransition { governor, state, mut request } = transition;
         let data = match &mut request.wish {
             Wish::Put(data) => Some(data),
-            Wish::Delete => None,
+            Wish::Delete | Wish::Purge => None,
         };
         let values = data.into_iter().chain(request.metadata.context.values_mut());
         refuse_deep(values, &format!("{governor}/{state}"))?;
@@ -197,82 +196,64 @@ impl StateMachinePersister {
     ///
     /// With [`PersistenceConfig::auto_replay`] the newest saved snapshot is loaded, the events after
     /// it are replayed on it, and the result must be what the head says. A saved snapshot that is
-    /// missing or damaged is passed over for the one before it. Without `auto_replay` the head is
-    /// returned as it is.
+    /// missing or damaged is passed over for the one before it; a head that is missing, damaged or older
+    /// than the log is made anew from the log and put back. Without `auto_replay` the head is
+    /// returned as it is. [`recover`](StateMachinePersister::recover) says what was found.
     ///
     /// # Errors
-    /// [`Error::StateNotFound`]; [`Error::Corrupt`] when log and head disagree, or the log has
-    /// a gap.
+    /// [`Error::StateNotFound`]; [`Error::Corrupt`] when log and head say different things of one
+    /// version, or the log has a gap.
     pub async fn load_state(
         &self,
         governor: impl AsRef<str>,
         state: impl AsRef<str>,
     ) -> Result<(StateSnapshot, bool)> {
         let address = Address::new(governor.as_ref(), state.as_ref())?;
-        let known = self.records.head(&address).await?;
-        let alive = known.filter(|known| !known.head.change.deleted);
-        let head = alive.ok_or_else(|| not_found(&address, String::new()))?.head;
-        if !self.config.auto_replay {
-            return Ok((head.change.snapshot(), false));
+        let change = if self.config.auto_replay {
+            let batch = self.config.max_replay_batch_size;
+            self.records.recover(&address, &self.conditions, batch, false).await?.change
+        } else {
+            let known = self.records.head(&address).await?;
+            known.ok_or_else(|| not_found(&address, String::new()))?.head.change.clone()
+        };
+        if change.deleted {
+            return Err(not_found(&address, String::new()));
         }
-        let replayed = self.replay(&address, &head).await?;
-        if replayed.as_ref() != Some(&head.change) {
-            return Err(Error::corrupt(
-                format!("the head of {address}"),
-                "it is not what its log says",
-            ));
-        }
-        Ok((head.change.snapshot(), true))
+        Ok((change.snapshot(), self.config.auto_replay))
     }
 
-    /// Folds the log from the newest saved snapshot that can be used. The snapshot and what follows it
-    /// are read at the same time.
-    async fn replay(&self, address: &Address, head: &Head) -> Result<Option<Change>> {
-        let reader = self.records.reader();
-        let batch = self.config.max_replay_batch_size.max(1);
-        let page = |from| async move {
-            if from > head.version() {
-                return Ok(Vec::new());
-            }
-            let (changes, _) = reader.changes(address, from, head.version(), batch).await?;
-            if changes.is_empty() {
-                return Err(Error::corrupt(
-                    format!("the log of {address} at v{from}"),
-                    "the event is missing",
-                ));
-            }
-            Ok(changes)
-        };
-        let mut started = None;
-        for version in head.snapshot_versions.iter().rev() {
-            let (base, tail) = tokio::join!(reader.snapshot(address, *version), page(version + 1));
-            match base {
-                Ok(Some(base)) => {
-                    started = Some((Replay::from_base(base), tail?));
-                    break;
-                }
-                Ok(None) => {
-                    tracing::warn!(%address, version, "a saved snapshot is missing");
-                }
-                Err(error @ Error::Corrupt { .. }) => {
-                    tracing::warn!(%address, version, %error, "a saved snapshot is damaged");
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        let (mut replay, mut changes) = match started {
-            Some(started) => started,
-            None => (Replay::from_first(head.first_version), page(head.first_version).await?),
-        };
-        loop {
-            changes.into_iter().try_for_each(|change| replay.push(change))?;
-            if replay.next_version() > head.version() {
-                break;
-            }
-            changes = page(replay.next_version()).await?;
-        }
-        tracing::debug!(%address, events = replay.folded(), "replayed");
-        Ok(replay.last().cloned())
+    /// Establishes a state from its log as [`load_state`](StateMachinePersister::load_state) does,
+    /// whatever `auto_replay` says, and makes saved snapshots anew that could not be used. Says what was
+    /// found and done; the state is `None` when it is deleted.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> tai_state::Result<()> {
+    /// # use serde_json::json;
+    /// # use tai_state::*;
+    /// # let persister = StateMachinePersister::with_defaults(StateStore::in_memory());
+    /// # let why = || ChangeMetadata::new("docs", "example", None);
+    /// for n in 1..=105 {
+    ///     persister.append(NewTransition::to("gov", "counter", "count", json!(n), why())).await?;
+    /// }
+    /// let (state, report) = persister.recover("gov", "counter").await?;
+    /// assert_eq!(state.map(|state| state.data), Some(json!(105)));
+    /// assert_eq!(report.base, RecoveryBase::SavedSnapshot(100));
+    /// assert_eq!((report.events_replayed, report.repaired), (5, false));
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`load_state`](StateMachinePersister::load_state), but for the deleted state.
+    pub async fn recover(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+    ) -> Result<(Option<StateSnapshot>, RecoveryReport)> {
+        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let batch = self.config.max_replay_batch_size;
+        let Recovered { change, report } =
+            self.records.recover(&address, &self.conditions, batch, true).await?;
+        Ok(((!change.deleted).then(|| change.snapshot()), report))
     }
 }
 

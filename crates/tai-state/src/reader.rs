@@ -154,7 +154,8 @@ impl<'a> Reader<'a> {
         Ok((changes.collect::<Result<_>>()?, more))
     }
 
-    async fn versions(
+    /// The documents of a versioned kind in `from..=to`, at most `limit`, and whether there are more.
+    pub(crate) async fn versions(
         self,
         address: &Address,
         kind: Kind,

@@ -187,13 +187,17 @@ impl Records {
         self.head_by(address, self.deadline()).await
     }
 
-    async fn head_by(&self, address: &Address, by: Deadline) -> Result<Option<KnownHead>> {
+    pub(crate) async fn head_by(
+        &self,
+        address: &Address,
+        by: Deadline,
+    ) -> Result<Option<KnownHead>> {
         let found = self.reader_within(by.left()).head(address).await?;
         self.remember(address, found.as_ref());
         Ok(found)
     }
 
-    fn remember(&self, address: &Address, head: Option<&KnownHead>) {
+    pub(crate) fn remember(&self, address: &Address, head: Option<&KnownHead>) {
         let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
         match head {
             Some(head) => remembered.put(address, head),

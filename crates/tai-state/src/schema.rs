@@ -59,6 +59,8 @@ struct HeadOut<'a> {
     deleted: bool,
     snapshot_versions: &'a [u64],
     first_version: u64,
+    oldest_version: u64,
+    notes_hash: Hash,
 }
 
 #[derive(Serialize)]
@@ -118,6 +120,9 @@ struct ChangeIn {
     snapshot_versions: Vec<u64>,
     #[serde(default)]
     first_version: u64,
+    #[serde(default)]
+    oldest_version: u64,
+    notes_hash: Option<Hash>,
     /// An event's own; the hash covers the address and the version, but not these copies of them.
     state_id: Option<String>,
     from_version: Option<u64>,
@@ -136,7 +141,9 @@ pub(crate) fn writes(
     for step in steps {
         let change = &step.head.change;
         let address = &change.address;
-        let from = before.filter(|before| !before.deleted).map(|before| &before.data);
+        // What is purged must not be said again.
+        let is_purge = step.head.first_version == change.version;
+        let from = before.filter(|before| !before.deleted && !is_purge).map(|before| &before.data);
         before = Some(change);
         let body = match from.filter(|_| repeat_before > 0) {
             Some(from) => Some(event_body(change, Some(from))?),
@@ -188,7 +195,13 @@ fn time<S: Serializer>(time: &&DateTime<Utc>, serializer: S) -> Result<S::Ok, S:
     serializer.serialize_str(&format_time(time))
 }
 
-fn head_body(head: &Head) -> Result<Body> {
+/// Binds what a head notes to its newest change, whose own hash does not cover it.
+fn notes_hash(head: &Head) -> Hash {
+    let Head { change, snapshot_versions, first_version, oldest_version } = head;
+    Hash::of(&serde_json::json!([change.hash, snapshot_versions, first_version, oldest_version]))
+}
+
+pub(crate) fn head_body(head: &Head) -> Result<Body> {
     let change = &head.change;
     body(
         change,
@@ -206,6 +219,8 @@ fn head_body(head: &Head) -> Result<Body> {
             deleted: change.deleted,
             snapshot_versions: &head.snapshot_versions,
             first_version: head.first_version,
+            oldest_version: head.oldest_version,
+            notes_hash: notes_hash(head),
         },
     )
 }
@@ -232,7 +247,7 @@ fn event_body(change: &Change, from_state: Option<&Value>) -> Result<Body> {
     )
 }
 
-fn snapshot_body(change: &Change) -> Result<Body> {
+pub(crate) fn snapshot_body(change: &Change) -> Result<Body> {
     body(
         change,
         &SnapshotOut {
@@ -281,20 +296,21 @@ pub(crate) fn newest_until(address: &Address, time: &DateTime<Utc>) -> Query {
     }
 }
 
-/// Reads a head and checks its hash.
+/// Reads a head and checks its hash, and that of its notes.
 pub(crate) fn read_head(address: &Address, document: &Document) -> Result<Head> {
-    let read = read(document)?;
-    let (snapshot_versions, first_version) = (read.snapshot_versions.clone(), read.first_version);
+    let mut read = read(document)?;
+    let snapshot_versions = std::mem::take(&mut read.snapshot_versions);
+    let (first_version, oldest_version) = (read.first_version, read.oldest_version);
+    let said = read.notes_hash;
     let change = change(address, document, read)?;
-    let ordered = snapshot_versions.windows(2).all(|pair| pair.first() < pair.last());
-    let inside = snapshot_versions.last().is_none_or(|last| *last <= change.version);
-    if !ordered || !inside || first_version == 0 || first_version > change.version {
+    let head = Head { change, snapshot_versions, first_version, oldest_version };
+    if said != Some(notes_hash(&head)) {
         return Err(Error::corrupt(
             document.key.to_string(),
-            "its notes about saved snapshots or the oldest event make no sense",
+            "its notes about saved snapshots or the oldest event are not what was written",
         ));
     }
-    Ok(Head { change, snapshot_versions, first_version })
+    Ok(head)
 }
 
 /// Reads an event or a saved snapshot, and checks its version and hash.
@@ -318,8 +334,11 @@ fn read(document: &Document) -> Result<ChangeIn> {
 }
 
 fn refuse_newer(document: &Document, found: u64) -> Result<()> {
-    if found <= FORMAT {
+    if (1..=FORMAT).contains(&found) {
         return Ok(());
+    }
+    if found == 0 {
+        return Err(Error::corrupt(document.key.to_string(), "there is no format 0"));
     }
     let location = document.key.to_string();
     Err(Error::NewerFormat { location, found, supported: FORMAT })
@@ -377,7 +396,7 @@ mod tests {
             prop_assert_eq!(read_change(&address, &event).unwrap(), change.clone());
             let saved = document(address.snapshot(change.version), snapshot_body(&change).unwrap());
             prop_assert_eq!(read_change(&address, &saved).unwrap(), change.clone());
-            let head = Head { change, snapshot_versions: vec![1], first_version: 1 };
+            let head = Head { snapshot_versions: vec![1], ..Head::new(change) };
             let stored = document(address.head(), head_body(&head).unwrap());
             prop_assert_eq!(read_head(&address, &stored).unwrap(), head);
         }
@@ -440,7 +459,7 @@ mod tests {
         for deleted in [false, true] {
             let mut change = change_with(serde_json::json!({"a": {"b.c": 7}}), "why");
             change.deleted = deleted;
-            let head = Head { change, snapshot_versions: vec![], first_version: 1 };
+            let head = Head::new(change);
             let body: Value = head_body(&head).unwrap().parse().unwrap();
             let path = ["a".to_owned(), "b.c".to_owned()];
             assert_eq!(field(&body, &data_field(&path)), Some(&serde_json::json!(7)));

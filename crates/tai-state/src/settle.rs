@@ -4,9 +4,12 @@
 //! event at that version is read, and if it is ours, the change was applied. The answer to a command
 //! serves where there is no event.
 
+use std::sync::Arc;
+
 use crate::backend::{BackendError, Document, Key, Precondition, Revision, Write};
 use crate::chain::Change;
 use crate::error::{Error, Result};
+use crate::fence::Token;
 use crate::keys::Address;
 use crate::lease::Lease;
 use crate::patience::{Deadline, Tries};
@@ -228,12 +231,22 @@ impl Records {
                 unseen.push(token);
             }
         }
-        if unseen.is_empty() {
+        self.look_at_fences(unseen, deadline).await
+    }
+
+    /// Looks whether each of the grants stands, and at which revision.
+    pub(crate) async fn look_at_fences(
+        &self,
+        fences: impl IntoIterator<Item = &Arc<Token>>,
+        deadline: Deadline,
+    ) -> Result<()> {
+        let fences: Vec<&Arc<Token>> = fences.into_iter().collect();
+        if fences.is_empty() {
             return Ok(());
         }
-        let keys: Vec<Key> = unseen.iter().map(|token| token.key.clone()).collect();
+        let keys: Vec<Key> = fences.iter().map(|token| token.key.clone()).collect();
         let found = self.reader_within(deadline.left()).get(&keys).await?;
-        for (token, document) in unseen.into_iter().zip(&found) {
+        for (token, document) in fences.into_iter().zip(&found) {
             token.see(stands(document.as_ref(), &token.key, token.fencing_token)?);
         }
         Ok(())

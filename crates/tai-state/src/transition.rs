@@ -24,6 +24,9 @@ pub const MAX_METADATA_BYTES: u64 = 32 * 1024;
 pub const MAX_CAUSALITY_BYTES: u64 = 32 * 1024;
 /// The longest action, in bytes.
 pub const MAX_ACTION_BYTES: u64 = 1024;
+/// The key in the context of the event of a purge, which says that nothing before it is kept. Nobody
+/// else may use it.
+pub(crate) const PURGE_CONTEXT: &str = "tai_state.purge";
 /// The longest identity of a change, in bytes.
 const MAX_ID_BYTES: u64 = 128;
 /// Versions and counters stay within what both backends hold: a signed 64-bit integer.
@@ -36,13 +39,28 @@ pub(crate) struct Head {
     pub(crate) change: Change,
     /// The versions of the saved snapshots that are kept, ascending.
     pub(crate) snapshot_versions: Vec<u64>,
-    /// The oldest version whose event is kept.
+    /// The oldest version whose event is kept. Where that is not 1, a snapshot is saved at it: the base
+    /// of what follows, and the proof that what stood before was taken away on purpose. (After
+    /// a purge the event of the purge is that proof.)
     pub(crate) first_version: u64,
+    /// The oldest version whose event may still stand. Below `first_version` while a clean-up is under
+    /// way: what stands between the two is given up and only waits to be removed.
+    pub(crate) oldest_version: u64,
 }
 
 impl Head {
+    /// A head whose whole log is kept, and that has no saved snapshots.
+    pub(crate) fn new(change: Change) -> Self {
+        Self { change, snapshot_versions: Vec::new(), first_version: 1, oldest_version: 1 }
+    }
+
     pub(crate) fn version(&self) -> u64 {
         self.change.version
+    }
+
+    /// The saved snapshot that is kept however old it is.
+    pub(crate) fn cut_snapshot(&self) -> Option<u64> {
+        (self.first_version > 1).then_some(self.first_version)
     }
 }
 
@@ -62,6 +80,8 @@ pub(crate) enum Expect {
 pub(crate) enum Wish {
     Put(Value),
     Delete,
+    /// Deleted, with everything that it ever was.
+    Purge,
 }
 
 /// One wanted change. Its identity is chosen here, before anything is sent.
@@ -110,7 +130,8 @@ pub(crate) fn plan(
     let (data, deleted) = match &request.wish {
         Wish::Put(data) => (data.clone(), false),
         Wish::Delete if before.is_some_and(|change| !change.deleted) => (Value::Null, true),
-        Wish::Delete => return Err(not_found(&request.address)),
+        Wish::Purge if before.is_some() => (Value::Null, true),
+        Wish::Delete | Wish::Purge => return Err(not_found(&request.address)),
     };
     let wanted = to_micros(request.at.unwrap_or(now));
     if !(1..=9999).contains(&wanted.year()) {
@@ -132,6 +153,10 @@ pub(crate) fn plan(
     causality.increment(node);
     check_clock(&causality, &request.address)?;
 
+    let mut metadata = request.metadata.clone();
+    if request.wish == Wish::Purge {
+        metadata.context.insert(PURGE_CONTEXT.to_owned(), true.into());
+    }
     let mut change = Change {
         address: request.address.clone(),
         version,
@@ -140,7 +165,7 @@ pub(crate) fn plan(
         // Monotone per state: a clock that was set back must not make history go backwards.
         timestamp: before.map_or(wanted, |change| wanted.max(change.timestamp)),
         causality,
-        metadata: request.metadata.clone(),
+        metadata,
         deleted,
         data,
         prev_hash: before.map(|change| change.hash),
@@ -148,23 +173,38 @@ pub(crate) fn plan(
     };
     change.hash = change.expected_hash();
 
+    let notes = head.map(|head| (head.first_version, head.oldest_version, head.cut_snapshot()));
+    let (first_version, oldest_version, cut) = notes.unwrap_or((version, version, None));
     let mut snapshot_versions = head.map_or_else(Vec::new, |head| head.snapshot_versions.clone());
+    if request.wish == Wish::Purge {
+        let head =
+            Head { change, snapshot_versions: Vec::new(), first_version: version, oldest_version };
+        return Ok(Transition { head, save_snapshot: false, drop_snapshots: snapshot_versions });
+    }
     let due = policy.snapshot_interval > 0
         && policy.snapshot_retention > 0
         && version.is_multiple_of(policy.snapshot_interval);
     let mut drop_snapshots = Vec::new();
     if due {
         snapshot_versions.push(version);
-        let surplus = snapshot_versions.len().saturating_sub(policy.snapshot_retention);
         // A retention that was lowered is reached step by step: a commit stays small.
-        drop_snapshots = snapshot_versions.drain(..surplus.min(MOST_DROPS)).collect();
+        drop_snapshots = surplus(&snapshot_versions, cut, policy.snapshot_retention);
+        drop_snapshots.truncate(MOST_DROPS);
+        snapshot_versions.retain(|version| !drop_snapshots.contains(version));
     }
-    let first_version = head.map_or(version, |head| head.first_version);
     Ok(Transition {
-        head: Head { change, snapshot_versions, first_version },
+        head: Head { change, snapshot_versions, first_version, oldest_version },
         save_snapshot: due,
         drop_snapshots,
     })
+}
+
+/// The saved snapshots, oldest first, that are too many when so many are kept beside the one at the cut.
+pub(crate) fn surplus(versions: &[u64], cut: Option<u64>, kept: usize) -> Vec<u64> {
+    let mut others: Vec<u64> =
+        versions.iter().copied().filter(|version| Some(*version) != cut).collect();
+    others.truncate(others.len().saturating_sub(kept));
+    others
 }
 
 /// How many saved snapshots one commit removes at most.
@@ -216,6 +256,10 @@ pub(crate) fn check_input(request: &Request) -> Result<()> {
     }
     within(&format!("the action on {subject}"), request.action.len() as u64, MAX_ACTION_BYTES)?;
     let metadata = &request.metadata;
+    if metadata.context.contains_key(PURGE_CONTEXT) {
+        let subject = format!("the metadata of {subject}");
+        return Err(Error::refused(subject, format!("{PURGE_CONTEXT} is the store's own")));
+    }
     let mut size = metadata.changed_by.len() as u64 + metadata.reason.len() as u64;
     for (key, value) in &metadata.context {
         let value = measure(value, &format!("the metadata of {subject}"))?;

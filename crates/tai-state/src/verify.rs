@@ -1,23 +1,35 @@
-//! Proves a whole store: every head, every event, every saved snapshot, and the chain that binds
-//! them.
+//! Proves a whole store, or one governor: every head, every event, every saved snapshot, and the chain
+//! that binds them.
+
+use std::fmt;
 
 use serde::Serialize;
 
-use crate::backend::Kind;
-use crate::chain::Hash;
+use crate::backend::{Document, Kind};
+use crate::chain::{Change, Hash};
 use crate::error::{Error, Result};
 use crate::history::ContentHash;
 use crate::keys::{Address, Name};
+use crate::reader::known;
 use crate::records::KnownHead;
 use crate::replay::Replay;
+use crate::schema;
 use crate::store::StateStore;
+use crate::transition::{Head, PURGE_CONTEXT};
 
 /// Events in memory at once.
 const PAGE: usize = 1_000;
 /// Problems that are named; more are only counted by the last of them.
 const MOST_PROBLEMS: usize = 1_000;
+/// How often a state is looked at anew when a clean-up came in between.
+const LOOKS: u32 = 5;
+/// How often in a row the counts must differ in the same way.
+const LOOKS_AT_COUNTS: u32 = 3;
 
-/// What a proof found.
+/// How many events, and saved snapshots, are stored and reached.
+type Strays = ((u64, u64), (u64, u64));
+
+/// What a proof of a whole store found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct VerifyReport {
@@ -25,10 +37,13 @@ pub struct VerifyReport {
     pub ok: bool,
     /// States, deleted ones included.
     pub states: u64,
-    /// Events.
+    /// Events that belong to the history of a state.
     pub events: u64,
     /// Saved snapshots.
     pub snapshots: u64,
+    /// Events that were given up and still stand, since a clean-up or purge was stopped. No problem:
+    /// the next one removes them.
+    pub leftovers: u64,
     /// What does not hold, each with its place.
     pub problems: Vec<String>,
     /// The hash of all that the log says, as [`StateStore::export`] computes it. Says nothing when
@@ -36,29 +51,119 @@ pub struct VerifyReport {
     pub content_hash: Hash,
 }
 
+/// What a proof of one governor found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct ConsistencyReport {
+    /// Whose states.
+    pub governor_id: String,
+    /// Whether everything holds.
+    pub ok: bool,
+    /// States, deleted ones included.
+    pub states: u64,
+    /// Events that belong to the history of a state.
+    pub events: u64,
+    /// Saved snapshots.
+    pub snapshots: u64,
+    /// Events that were given up and still stand.
+    pub leftovers: u64,
+    /// Every rule that is broken, and where.
+    pub problems: Vec<Problem>,
+}
+
+/// A rule that is broken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Problem {
+    /// Which rule.
+    pub rule: Rule,
+    /// Where: the state, or the governor or store when it is none of a state.
+    pub place: String,
+    /// At which version, if it is about one.
+    pub version: Option<u64>,
+    /// What was found.
+    pub reason: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.place)?;
+        if let Some(version) = self.version {
+            write!(f, " v{version}")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
+}
+
+/// What must hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Rule {
+    /// Every document can be read, and is what its hash says.
+    Readable,
+    /// Every version from the first that is kept to the newest has its event.
+    NoGap,
+    /// Every event follows from the one before it, in its hash and in time.
+    Chain,
+    /// The head is the newest event.
+    HeadIsNewest,
+    /// Every saved snapshot that a head names exists.
+    SnapshotExists,
+    /// A saved snapshot is what the log says.
+    SnapshotIsOfLog,
+    /// Where history does not begin with version 1, a saved snapshot or a purge says so.
+    CutIsVouched,
+    /// No document stands beside a log.
+    NoStrays,
+    /// The engine's own structure is whole.
+    Structure,
+}
+
+#[derive(Clone)]
 struct Proof {
     content: ContentHash,
     states: u64,
     events: u64,
     snapshots: u64,
-    problems: Vec<String>,
+    leftovers: u64,
+    problems: Vec<Problem>,
 }
 
 impl Proof {
-    fn problem(&mut self, problem: impl ToString) {
+    fn new() -> Self {
+        let (content, problems) = (ContentHash::default(), Vec::new());
+        Self { content, states: 0, events: 0, snapshots: 0, leftovers: 0, problems }
+    }
+
+    fn problem(
+        &mut self,
+        rule: Rule,
+        place: impl ToString,
+        version: Option<u64>,
+        reason: impl Into<String>,
+    ) {
+        let (place, mut reason) = (place.to_string(), reason.into());
         match self.problems.len() {
-            MOST_PROBLEMS => self.problems.push("and more".to_owned()),
-            more if more > MOST_PROBLEMS => {}
-            _ => self.problems.push(problem.to_string()),
+            MOST_PROBLEMS => reason = "and more".to_owned(),
+            more if more > MOST_PROBLEMS => return,
+            _ => {}
         }
+        self.problems.push(Problem { rule, place, version, reason });
     }
 
     /// Damage is a finding; anything else ends the proof.
     fn note(&mut self, error: Error) -> Result<()> {
-        if !is_damage(&error) {
-            return Err(error);
+        match error {
+            Error::Corrupt { location, reason } => {
+                self.problem(Rule::Readable, location, None, reason);
+            }
+            Error::NewerFormat { ref location, .. } => {
+                let location = location.clone();
+                self.problem(Rule::Readable, location, None, error.to_string());
+            }
+            error => return Err(error),
         }
-        self.problem(error);
         Ok(())
     }
 }
@@ -77,58 +182,112 @@ impl StateStore {
     /// Only what keeps it from looking (permissions, an unreachable service): damage is reported,
     /// not returned as an error.
     pub async fn verify(&self, mut progress: impl FnMut(u64) + Send) -> Result<VerifyReport> {
-        let mut proof = Proof {
-            content: ContentHash::default(),
-            states: 0,
-            events: 0,
-            snapshots: 0,
-            problems: Vec::new(),
-        };
+        let mut proof = self.prove(None, &mut progress).await?;
+        match self.records.check_structure().await {
+            Ok(found) => found
+                .into_iter()
+                .for_each(|what| proof.problem(Rule::Structure, self.location(), None, what)),
+            Err(error) => proof.note(error)?,
+        }
+        let Proof { content, states, events, snapshots, leftovers, problems } = proof;
+        let (ok, problems) = (problems.is_empty(), problems.iter().map(ToString::to_string));
+        let (problems, content_hash) = (problems.collect(), content.finish());
+        Ok(VerifyReport { ok, states, events, snapshots, leftovers, problems, content_hash })
+    }
+
+    /// As [`verify`](StateStore::verify) for the states of one governor, with every rule that is broken.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> tai_state::Result<()> {
+    /// # use tai_state::*;
+    /// # let store = StateStore::in_memory();
+    /// let report = store.validate_consistency("orders").await?;
+    /// assert!(report.ok, "{:?}", report.problems);
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`verify`](StateStore::verify).
+    pub async fn validate_consistency(
+        &self,
+        governor: impl AsRef<str>,
+    ) -> Result<ConsistencyReport> {
+        let name = Name::escape(governor.as_ref(), "governor id")?;
+        let proof = self.prove(Some(&name), &mut |_| {}).await?;
+        let Proof { content: _, states, events, snapshots, leftovers, problems } = proof;
+        let (governor_id, ok) = (name.id(), problems.is_empty());
+        Ok(ConsistencyReport { governor_id, ok, states, events, snapshots, leftovers, problems })
+    }
+
+    async fn prove(
+        &self,
+        governor: Option<&Name>,
+        progress: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<Proof> {
+        let mut looks = 1;
+        let (mut proof, mut strays) = self.prove_once(governor, progress).await?;
+        // While others write and clean up, what was counted before and after may agree by chance; what
+        // really stands beside the logs is there again each time.
+        while looks < LOOKS_AT_COUNTS && strays.is_some() && proof.problems.is_empty() {
+            let again = self.prove_once(governor, progress).await?;
+            let is_same = again.1 == strays;
+            (proof, strays) = again;
+            looks = if is_same { looks + 1 } else { 1 };
+        }
+        if let Some(strays) = strays {
+            let place = governor.map_or_else(|| self.location().to_owned(), Name::id);
+            for (kind, (stored, reached)) in [("events", strays.0), ("saved snapshots", strays.1)] {
+                if stored != reached {
+                    let what = format!("{stored} {kind} are stored, the heads lead to {reached}");
+                    proof.problem(Rule::NoStrays, &place, None, what);
+                }
+            }
+        }
+        Ok(proof)
+    }
+
+    /// Proves all that the heads lead to; and how many events and saved snapshots are stored and reached,
+    /// if those differ.
+    async fn prove_once(
+        &self,
+        governor: Option<&Name>,
+        progress: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<(Proof, Option<Strays>)> {
+        let mut proof = Proof::new();
         // Damage is a finding; whatever else keeps it from counting keeps it from all.
-        let before = match self.counts().await {
+        let before = match self.counts(governor).await {
             Err(error) if !is_damage(&error) => return Err(error),
             counted => counted,
         };
-        if let Err(error) = self.verify_states(&mut proof, &mut progress).await {
+        let proved = match governor {
+            Some(governor) => self.verify_governor(governor, &mut proof, progress).await,
+            None => self.verify_governors(&mut proof, progress).await,
+        };
+        if let Err(error) = proved {
             proof.note(error)?;
         }
-        let after = self.counts().await;
+        let after = self.counts(governor).await;
+        let mut strays = None;
         match (before, after) {
             // While others write, the counts say nothing.
             (Ok(before), Ok(after)) if before == after && proof.problems.is_empty() => {
-                let (events, snapshots) = before;
-                if events != proof.events {
-                    let reached = proof.events;
-                    proof.problem(format!(
-                        "{events} events are stored, the heads lead to {reached}"
-                    ));
-                }
-                if snapshots != proof.snapshots {
-                    let reached = proof.snapshots;
-                    proof.problem(format!(
-                        "{snapshots} saved snapshots are stored, the heads lead to {reached}"
-                    ));
-                }
+                let reached = (proof.events + proof.leftovers, proof.snapshots);
+                strays =
+                    (before != reached).then_some(((before.0, reached.0), (before.1, reached.1)));
             }
             (Err(error), _) | (_, Err(error)) => proof.note(error)?,
             _ => {}
         }
-        match self.records.check_structure().await {
-            Ok(found) => found.into_iter().for_each(|problem| proof.problem(problem)),
-            Err(error) => proof.note(error)?,
-        }
-        let Proof { content, states, events, snapshots, problems } = proof;
-        let ok = problems.is_empty();
-        let content_hash = content.finish();
-        Ok(VerifyReport { ok, states, events, snapshots, problems, content_hash })
+        Ok((proof, strays))
     }
 
-    async fn counts(&self) -> Result<(u64, u64)> {
+    async fn counts(&self, governor: Option<&Name>) -> Result<(u64, u64)> {
         let reader = self.records.reader();
-        Ok((reader.count(None, Kind::Events).await?, reader.count(None, Kind::Snapshots).await?))
+        let events = reader.count(governor, Kind::Events).await?;
+        Ok((events, reader.count(governor, Kind::Snapshots).await?))
     }
 
-    async fn verify_states(
+    async fn verify_governors(
         &self,
         proof: &mut Proof,
         progress: &mut (dyn FnMut(u64) + Send),
@@ -160,28 +319,8 @@ impl StateStore {
             let addresses = reader.state_names(governor, after.as_ref(), 256).await?;
             let Some(last) = addresses.last() else { return Ok(()) };
             after = Some(last.state.clone());
-            let heads = match reader.heads(&addresses).await {
-                Ok(heads) => heads,
-                // One damaged head spoils all of them: go on one by one.
-                Err(error) if is_damage(&error) => Vec::new(),
-                Err(error) => return Err(error),
-            };
-            let mut heads = heads.into_iter();
             for address in &addresses {
-                let head = match heads.next() {
-                    Some(head) => Ok(head),
-                    None => reader.head(address).await,
-                };
-                let outcome = match head {
-                    Ok(Some(head)) => {
-                        proof.states += 1;
-                        self.verify_state(address, &head, proof).await
-                    }
-                    // Purged since it was listed.
-                    Ok(None) => Ok(()),
-                    Err(error) => Err(error),
-                };
-                if let Err(error) = outcome {
+                if let Err(error) = self.verify_address(address, proof).await {
                     proof.note(error)?;
                 }
                 progress(proof.events);
@@ -189,9 +328,46 @@ impl StateStore {
         }
     }
 
-    async fn still_lists(&self, address: &Address, version: u64) -> Result<bool> {
-        let head = self.records.reader().head(address).await?;
-        Ok(head.is_some_and(|known| known.head.snapshot_versions.contains(&version)))
+    /// Proves one state; anew when a clean-up came in between.
+    async fn verify_address(&self, address: &Address, proof: &mut Proof) -> Result<()> {
+        let mut looks = 0;
+        loop {
+            let found = match self.find(address).await? {
+                Ok(Some(found)) => found,
+                // Purged since it was listed.
+                Ok(None) => return Ok(()),
+                Err(reason) => {
+                    proof.states += 1;
+                    proof.problem(Rule::Readable, format!("the head of {address}"), None, reason);
+                    return Ok(());
+                }
+            };
+            let before = proof.clone();
+            proof.states += 1;
+            let proved = self.verify_state(address, &found, proof).await;
+            let is_clean = proved.is_ok() && proof.problems.len() == before.problems.len();
+            looks += 1;
+            if is_clean || looks >= LOOKS {
+                return proved;
+            }
+            match self.find(address).await? {
+                Ok(Some(newer)) if notes(&newer.head) != notes(&found.head) => *proof = before,
+                _ => return proved,
+            }
+        }
+    }
+
+    async fn find(&self, address: &Address) -> Result<Result<Option<KnownHead>, String>> {
+        let found = match self.records.reader().get(&[address.head()]).await {
+            Ok(found) => found.into_iter().next().flatten(),
+            Err(Error::Corrupt { reason, .. }) => return Ok(Err(reason)),
+            Err(error) => return Err(error),
+        };
+        match found.map(|document| known(address, &document)).transpose() {
+            Ok(head) => Ok(Ok(head)),
+            Err(Error::Corrupt { reason, .. }) => Ok(Err(reason)),
+            Err(error) => Err(error),
+        }
     }
 
     async fn verify_state(
@@ -200,48 +376,201 @@ impl StateStore {
         known: &KnownHead,
         proof: &mut Proof,
     ) -> Result<()> {
-        let reader = self.records.reader();
-        let head = &known.head;
-        let mut saved = Vec::new();
-        for version in &head.snapshot_versions {
-            match reader.snapshot(address, *version).await? {
-                Some(snapshot) => saved.push(snapshot),
-                // Retention may have removed it since the head was read; then the head says so now.
-                None if !self.still_lists(address, *version).await? => {}
-                None => {
-                    proof.problem(format!("the saved snapshot {address} v{version} is missing"));
+        let head = known.head.as_ref();
+        let saved = self.saved(address, head, proof).await?;
+        proof.leftovers += self.leftovers(address, head).await?;
+        let mut log = Log { address, head, saved: saved.into_iter().peekable(), replay: None };
+        let mut next = Some(head.first_version);
+        while let Some(from) = next {
+            let reader = self.records.reader();
+            let page = reader.versions(address, Kind::Events, from, u64::MAX, PAGE).await;
+            let (documents, more) = match page {
+                Ok(page) => page,
+                Err(error) if is_damage(&error) => {
+                    // One damaged row spoils the page: go on one by one.
+                    let to = from.saturating_add(PAGE as u64 - 1).min(head.version());
+                    for version in from..=to {
+                        match reader.get(&[address.event(version)]).await {
+                            Ok(found) => found.iter().flatten().for_each(|d| log.take(d, proof)),
+                            Err(error) if is_damage(&error) => {
+                                log.unreadable(version, &error, proof)
+                            }
+                            Err(error) => return Err(error),
+                        }
+                    }
+                    next = (to < head.version()).then_some(to + 1);
+                    continue;
                 }
-            }
+                Err(error) => return Err(error),
+            };
+            documents.iter().for_each(|document| log.take(document, proof));
+            next = match documents.last() {
+                Some(last) if more => Some(last.key.version + 1),
+                _ => None,
+            };
         }
-        proof.snapshots += saved.len() as u64;
-        let mut replay = Replay::from_first(head.first_version);
-        let mut saved = saved.into_iter().peekable();
-        while replay.next_version() <= head.version() {
-            let from = replay.next_version();
-            let (changes, _) = reader.changes(address, from, head.version(), PAGE).await?;
-            if changes.is_empty() {
-                return Err(Error::corrupt(
-                    format!("the log of {address} at v{from}"),
-                    "the event is missing",
-                ));
+        log.finish(proof);
+        if log.next() > head.version() + 1 {
+            // As a rule somebody has written in between.
+            let newest = self.find(address).await?.ok().flatten();
+            if newest.is_some_and(|newest| newest.revision == known.revision) {
+                let newest = log.next() - 1;
+                let reason = format!("it is older than its log, which ends with v{newest}");
+                let place = format!("the head of {address}");
+                proof.problem(Rule::HeadIsNewest, place, Some(head.version()), reason);
             }
-            for change in changes {
-                proof.content.push(&change);
-                proof.events += 1;
-                if let Some(snapshot) = saved.next_if(|saved| saved.version == change.version)
-                    && snapshot != change
-                {
-                    proof.problem(format!(
-                        "the saved snapshot {address} v{} is not what the log says",
-                        change.version
-                    ));
-                }
-                replay.push(change)?;
-            }
-        }
-        if replay.last() != Some(&head.change) {
-            proof.problem(format!("the head of {address} is not what its log says"));
         }
         Ok(())
+    }
+
+    /// The saved snapshots that can be read, ascending.
+    async fn saved(
+        &self,
+        address: &Address,
+        head: &Head,
+        proof: &mut Proof,
+    ) -> Result<Vec<Change>> {
+        let mut saved = Vec::new();
+        for version in &head.snapshot_versions {
+            let place = || format!("the saved snapshot {address}");
+            match self.records.reader().snapshot(address, *version).await {
+                Ok(Some(snapshot)) => {
+                    proof.snapshots += 1;
+                    saved.push(snapshot);
+                }
+                Ok(None) => {
+                    proof.problem(Rule::SnapshotExists, place(), Some(*version), "it is missing");
+                }
+                Err(error) if is_damage(&error) => {
+                    proof.snapshots += 1;
+                    proof.problem(Rule::Readable, place(), Some(*version), error.to_string());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(saved)
+    }
+
+    /// How many events were given up and still stand.
+    async fn leftovers(&self, address: &Address, head: &Head) -> Result<u64> {
+        let (mut next, mut count) = (head.oldest_version, 0);
+        while next < head.first_version {
+            let reader = self.records.reader();
+            let (documents, more) =
+                reader.versions(address, Kind::Events, next, head.first_version - 1, PAGE).await?;
+            count += documents.len() as u64;
+            next = match documents.last() {
+                Some(last) if more => last.key.version + 1,
+                _ => head.first_version,
+            };
+        }
+        Ok(count)
+    }
+}
+
+/// What a clean-up changes.
+fn notes(head: &Head) -> (&[u64], u64, u64) {
+    (&head.snapshot_versions, head.first_version, head.oldest_version)
+}
+
+/// The log of one state while it is proved. After each problem it goes on with the next event.
+struct Log<'a, Saved: Iterator<Item = Change>> {
+    address: &'a Address,
+    head: &'a Head,
+    saved: std::iter::Peekable<Saved>,
+    /// Nothing at the beginning.
+    replay: Option<Replay>,
+}
+
+impl<Saved: Iterator<Item = Change>> Log<'_, Saved> {
+    fn next(&self) -> u64 {
+        self.replay.as_ref().map_or(self.head.first_version, Replay::next_version)
+    }
+
+    fn place(&self) -> String {
+        format!("the log of {}", self.address)
+    }
+
+    fn unreadable(&mut self, version: u64, error: &Error, proof: &mut Proof) {
+        let (place, reason) = (self.place(), error.to_string());
+        proof.events += 1;
+        proof.problem(Rule::Readable, place, Some(version), reason);
+        self.replay = Some(Replay::from_first(version + 1));
+    }
+
+    fn gap(&self, below: u64, proof: &mut Proof) {
+        let next = self.next();
+        if below > next {
+            let reason = match below - next {
+                1 => "the event is missing".to_owned(),
+                count => format!("{count} events from here on are missing"),
+            };
+            proof.problem(Rule::NoGap, self.place(), Some(next), reason);
+        }
+    }
+
+    fn take(&mut self, document: &Document, proof: &mut Proof) {
+        let version = document.key.version;
+        if version <= self.head.version() {
+            self.gap(version, proof);
+        }
+        let change = match schema::read_change(self.address, document) {
+            Ok(change) => change,
+            Err(error) => return self.unreadable(version, &error, proof),
+        };
+        if version > self.head.version() {
+            // Written meanwhile, or the head is behind: then only where the log ends matters.
+            if version == self.next() {
+                self.replay = Some(Replay::from_base(change));
+            }
+            return;
+        }
+        proof.content.push(&change);
+        proof.events += 1;
+        if let Some(snapshot) = self.saved.next_if(|saved| saved.version == version)
+            && snapshot != change
+        {
+            let place = format!("the saved snapshot {}", self.address);
+            proof.problem(
+                Rule::SnapshotIsOfLog,
+                place,
+                Some(version),
+                "it is not what the log says",
+            );
+        }
+        if version == self.head.first_version && version > 1 {
+            let is_vouched = self
+                .head
+                .cut_snapshot()
+                .is_some_and(|cut| self.head.snapshot_versions.contains(&cut));
+            if !is_vouched && !change.metadata.context.contains_key(PURGE_CONTEXT) {
+                let reason =
+                    "history begins here, and neither a saved snapshot nor a purge says why";
+                proof.problem(Rule::CutIsVouched, self.place(), Some(version), reason);
+            }
+        }
+        if version == self.head.version() && change != self.head.change {
+            let place = format!("the head of {}", self.address);
+            proof.problem(Rule::HeadIsNewest, place, Some(version), "it is not what its log says");
+        }
+        let first = self.head.first_version;
+        let mut replay = self.replay.take().unwrap_or_else(|| Replay::from_first(first));
+        if replay.next_version() != version {
+            // The gap was told.
+            replay = Replay::from_first(version);
+        }
+        if let Err(error) = replay.push(change.clone()) {
+            let reason = match error {
+                Error::Corrupt { reason, .. } => reason,
+                error => error.to_string(),
+            };
+            proof.problem(Rule::Chain, self.place(), Some(version), reason);
+            replay = Replay::from_base(change);
+        }
+        self.replay = Some(replay);
+    }
+
+    fn finish(&self, proof: &mut Proof) {
+        self.gap(self.head.version() + 1, proof);
     }
 }

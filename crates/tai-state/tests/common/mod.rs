@@ -128,3 +128,25 @@ pub(crate) async fn proved(store: &StateStore) -> String {
 pub(crate) fn balance(state: &StateSnapshot) -> i64 {
     state.data["balance"].as_i64().unwrap()
 }
+
+/// Every backend bare, for tests that go behind the store's back; the emulator where there is one.
+pub(crate) async fn every_backend(
+    folder: &std::path::Path,
+) -> Vec<(&'static str, std::sync::Arc<dyn tai_state::backend::Backend>)> {
+    use tai_state::backend::embedded::EmbeddedBackend;
+    use tai_state::backend::firestore::{FirestoreBackend, FirestoreConfig};
+    use tai_state::backend::memory::MemoryBackend;
+    use tai_state::testing::emulator::{Emulator, fresh_project};
+    let file = EmbeddedBackend::open(&folder.join("bare.tai"), true, false).await.unwrap();
+    let mut backends: Vec<(&'static str, std::sync::Arc<dyn tai_state::backend::Backend>)> = vec![
+        ("memory", std::sync::Arc::new(MemoryBackend::new())),
+        ("embedded", std::sync::Arc::new(file)),
+    ];
+    if let Some(emulator) = Emulator::shared().await {
+        let mut config = FirestoreConfig::new(fresh_project());
+        config.emulator = Some(emulator.address().to_owned());
+        let firestore = FirestoreBackend::open(config).await.unwrap();
+        backends.push(("emulator", std::sync::Arc::new(firestore)));
+    }
+    backends
+}

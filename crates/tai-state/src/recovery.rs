@@ -1,0 +1,515 @@
+//! Establishes a state from its log, and mends the head when it is not what the log says.
+//!
+//! *State = saved snapshot + replay.* The newest saved snapshot that can be used is the base, the events
+//! after it are folded on it, and the result is compared with the head. Which of several sources is
+//! believed when they differ:
+//!
+//! * a saved snapshot that is missing, damaged, or that the event after it does not follow from is passed
+//!   over for the one before it, in the end for the first event;
+//! * a head that is missing, damaged, or older than the log is made anew from the log, and put back if
+//!   nothing else stands there meanwhile;
+//! * a gap or a broken chain in the log, or a head that says something else than the log at the same
+//!   version, is [`Error::Corrupt`]: then nothing says what the state is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Serialize, Serializer};
+
+use crate::backend::{Document, Kind, Revision};
+use crate::chain::Change;
+use crate::clock::Stopwatch;
+use crate::conditions::Conditions;
+use crate::error::{Error, Result};
+use crate::keys::Address;
+use crate::patience::Deadline;
+use crate::records::{KnownHead, Records};
+use crate::replay::Replay;
+use crate::revise::Repair;
+use crate::schema;
+use crate::store::not_found;
+use crate::transition::{Head, PURGE_CONTEXT};
+
+/// How often a head that seems to be behind its log is looked at again, before it is believed to be so:
+/// on Google's emulator an event is visible a little before its head.
+const LOOKS: u32 = 6;
+
+/// How a state was established from its log.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct RecoveryReport {
+    /// Whose state.
+    pub governor_id: String,
+    /// Which state.
+    pub state_id: String,
+    /// The version that was established.
+    pub version: u64,
+    /// Where replay began.
+    pub base: RecoveryBase,
+    /// What was found in the head's place.
+    pub head: HeadCondition,
+    /// Whether something was put right: the head, or saved snapshots.
+    pub repaired: bool,
+    /// Saved snapshots that could not be used, the newest first.
+    pub passed_over: Vec<PassedOver>,
+    /// Events that were folded on the base.
+    pub events_replayed: u64,
+    /// Bytes of the documents that were read.
+    pub bytes_read: u64,
+    /// How long it took.
+    #[serde(rename = "elapsed_seconds", serialize_with = "seconds")]
+    pub elapsed: Duration,
+}
+
+/// Where a replay began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum RecoveryBase {
+    /// At the saved snapshot of this version.
+    SavedSnapshot(u64),
+    /// At the oldest event that is kept, of this version.
+    FirstEvent(u64),
+}
+
+/// What was found where the head belongs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum HeadCondition {
+    /// It is what the log says.
+    Sound,
+    /// It is an older version than the log's newest: this one.
+    Behind(u64),
+    /// It cannot be used, for this reason.
+    Damaged(String),
+    /// Nothing.
+    Missing,
+}
+
+/// A saved snapshot that could not be used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct PassedOver {
+    /// Its version.
+    pub version: u64,
+    /// Why.
+    pub reason: String,
+}
+
+fn seconds<S: Serializer>(elapsed: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(elapsed.as_secs_f64())
+}
+
+/// What was established.
+#[derive(Debug)]
+pub(crate) struct Recovered {
+    pub(crate) change: Change,
+    pub(crate) report: RecoveryReport,
+}
+
+/// What stands where the head belongs.
+enum Found {
+    Sound(Arc<Head>, Revision),
+    Damaged(String, Revision),
+    Missing,
+}
+
+impl Found {
+    fn of(address: &Address, document: Option<&Document>) -> Result<Self> {
+        let Some(document) = document else { return Ok(Self::Missing) };
+        match schema::read_head(address, document) {
+            Ok(head) => Ok(Self::Sound(Arc::new(head), document.revision)),
+            Err(Error::Corrupt { reason, .. }) => Ok(Self::Damaged(reason, document.revision)),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn revision(&self) -> Option<Revision> {
+        match self {
+            Self::Sound(_, revision) | Self::Damaged(_, revision) => Some(*revision),
+            Self::Missing => None,
+        }
+    }
+
+    fn condition(&self) -> HeadCondition {
+        match self {
+            Self::Sound(..) => HeadCondition::Sound,
+            Self::Damaged(reason, _) => HeadCondition::Damaged(reason.clone()),
+            Self::Missing => HeadCondition::Missing,
+        }
+    }
+}
+
+/// One attempt to fold a log.
+struct Fold<'a> {
+    records: &'a Records,
+    address: &'a Address,
+    batch: usize,
+    bytes: u64,
+    passed_over: Vec<PassedOver>,
+}
+
+/// A log that was folded up to its end.
+struct Folded {
+    base: RecoveryBase,
+    replay: Replay,
+}
+
+impl Records {
+    /// Establishes a state from its log, reading `batch` events at a time, and puts back the head when it
+    /// is not what the log says; with `thorough` also the saved snapshots that were passed over.
+    pub(crate) async fn recover(
+        self: &Arc<Self>,
+        address: &Address,
+        conditions: &Conditions,
+        batch: usize,
+        thorough: bool,
+    ) -> Result<Recovered> {
+        let watch = Stopwatch::start();
+        let deadline = self.deadline();
+        let mut looks = 0;
+        loop {
+            let (found, bytes) = self.find_head(address, deadline).await?;
+            if let Found::Sound(head, revision) = &found {
+                let known = KnownHead { head: Arc::clone(head), revision: *revision };
+                self.remember(address, Some(&known));
+            }
+            let passed_over = Vec::new();
+            let mut fold = Fold { records: self, address, batch: batch.max(1), bytes, passed_over };
+            let (folded, repair) = match fold.run(&found).await {
+                Ok(folded) => folded,
+                // A clean-up, or a purge, may have come in between.
+                Err(Error::Corrupt { .. })
+                    if self.find_head(address, deadline).await?.0.revision()
+                        != found.revision() =>
+                {
+                    if deadline.is_over() {
+                        let operation = format!("recovering {address}");
+                        return Err(Error::Timeout { operation, after: deadline.limit() });
+                    }
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let mut condition = found.condition();
+            let (mut folded, mut repair) = (folded, repair);
+            if let Found::Sound(head, revision) = &found
+                && folded.replay.next_version() > head.version() + 1
+            {
+                // The log goes on after the head. As a rule somebody has written in between.
+                let newest = self.find_head(address, deadline).await?.0;
+                if newest.revision() == Some(*revision) {
+                    looks += 1;
+                    if looks < LOOKS && !deadline.is_over() {
+                        tokio::time::sleep(self.options.retry.backoff(looks)).await;
+                        continue;
+                    }
+                    condition = HeadCondition::Behind(head.version());
+                    // What it notes is old too.
+                    (folded, repair) = fold.without_head(&found).await?;
+                }
+            }
+            let change = match (&found, &repair) {
+                (Found::Sound(head, _), None) => head.change.clone(),
+                _ => folded.newest()?.clone(),
+            };
+            if thorough && !fold.passed_over.is_empty() {
+                let head = match (&repair, &found) {
+                    (Some(repair), _) => Some(repair.head.clone()),
+                    (None, Found::Sound(head, _)) => Some(Head::clone(head)),
+                    (None, _) => None,
+                };
+                if let Some(head) = head {
+                    let mut whole = repair.unwrap_or_else(|| Repair::of(found.revision(), head));
+                    fold.save_again(&mut whole).await?;
+                    repair = Some(whole);
+                }
+            }
+            let mut repaired = false;
+            if let Some(repair) = &repair {
+                if !self.restore(address, conditions, repair, self.deadline()).await? {
+                    if deadline.is_over() {
+                        let operation = format!("repairing {address}");
+                        return Err(Error::Timeout { operation, after: deadline.limit() });
+                    }
+                    continue;
+                }
+                repaired = true;
+                tracing::warn!(%address, version = change.version, head = ?condition, "repaired from the log");
+                metrics::counter!("tai_state_repairs_total").increment(1);
+            }
+            let report = RecoveryReport {
+                governor_id: address.governor.id(),
+                state_id: address.state.id(),
+                version: change.version,
+                base: folded.base,
+                head: condition,
+                repaired,
+                passed_over: fold.passed_over,
+                events_replayed: folded.replay.folded(),
+                bytes_read: fold.bytes,
+                elapsed: watch.elapsed(),
+            };
+            tracing::debug!(%address, events = report.events_replayed, "replayed");
+            metrics::histogram!("tai_state_recovery_events").record(report.events_replayed as f64);
+            metrics::histogram!("tai_state_recovery_seconds").record(report.elapsed.as_secs_f64());
+            return Ok(Recovered { change, report });
+        }
+    }
+
+    /// What stands where the head belongs, and its size.
+    async fn find_head(&self, address: &Address, deadline: Deadline) -> Result<(Found, u64)> {
+        let found = self.reader_within(deadline.left()).get(&[address.head()]).await?;
+        let document = found.into_iter().next().flatten();
+        let bytes = document.as_ref().map_or(0, size);
+        Ok((Found::of(address, document.as_ref())?, bytes))
+    }
+}
+
+impl Repair {
+    fn of(found: Option<Revision>, head: Head) -> Self {
+        Self { found, head, save: Vec::new(), drop_snapshots: Vec::new() }
+    }
+}
+
+impl Folded {
+    fn newest(&self) -> Result<&Change> {
+        let nothing = || Error::corrupt("a log", "it is empty");
+        self.replay.last().ok_or_else(nothing)
+    }
+}
+
+impl Fold<'_> {
+    /// Folds the log up to its end; says what is to be put right when there is no head to believe.
+    async fn run(&mut self, found: &Found) -> Result<(Folded, Option<Repair>)> {
+        let Found::Sound(head, _) = found else {
+            return self.without_head(found).await;
+        };
+        for version in head.snapshot_versions.iter().rev() {
+            let (base, tail) =
+                tokio::join!(self.snapshot(*version), self.page(version + 1, u64::MAX));
+            let (base, tail) = match (base, tail) {
+                (Ok((Some(base), bytes)), tail) => {
+                    self.bytes += bytes;
+                    (base, tail?)
+                }
+                (Ok((None, _)), _) => {
+                    self.pass_over(*version, "it is missing");
+                    continue;
+                }
+                (Err(Error::Corrupt { reason, .. }), _) => {
+                    self.pass_over(*version, &reason);
+                    continue;
+                }
+                (Err(error), _) => return Err(error),
+            };
+            let follows = tail.documents.first().is_none_or(|first| {
+                let first = schema::read_change(self.address, first);
+                // A damaged event is no fault of the base.
+                first.is_ok_and(|first| first.prev_hash == Some(base.hash))
+                    || schema_is_damaged(self.address, &tail)
+            });
+            let is_head = base.version == head.version();
+            if !follows || (is_head && base != head.change) {
+                self.pass_over(*version, "it is not what the log says");
+                continue;
+            }
+            let start = (RecoveryBase::SavedSnapshot(*version), Replay::from_base(base));
+            return Ok((self.finish(start, tail, Some(head)).await?, None));
+        }
+        let first = head.first_version;
+        let tail = self.page(first, u64::MAX).await?;
+        let start = (RecoveryBase::FirstEvent(first), Replay::from_first(first));
+        Ok((self.finish(start, tail, Some(head)).await?, None))
+    }
+
+    /// The whole log, since nothing says where it may begin.
+    async fn without_head(&mut self, found: &Found) -> Result<(Folded, Option<Repair>)> {
+        let place = format!("the head of {}", self.address);
+        let lost = |reason: &str| match found {
+            Found::Damaged(damage, _) => Error::corrupt(&place, format!("{damage}; {reason}")),
+            _ => Error::corrupt(&place, format!("it is missing; {reason}")),
+        };
+        let saved = self.all_saved().await?;
+        let tail = self.page(0, u64::MAX).await?;
+        let Some(oldest) = tail.documents.first().map(|document| document.key.version) else {
+            return match found {
+                Found::Missing if saved.is_empty() && self.passed_over.is_empty() => {
+                    Err(not_found(self.address, String::new()))
+                }
+                _ => Err(lost("there are no events to make it from")),
+            };
+        };
+        let mut sound = Vec::new();
+        let mut purged = None;
+        let mut replay = Replay::from_first(oldest);
+        let mut next = Some(tail);
+        while let Some(tail) = next {
+            for document in &tail.documents {
+                let change = schema::read_change(self.address, document)?;
+                let version = change.version;
+                if change.deleted && change.metadata.context.contains_key(PURGE_CONTEXT) {
+                    (purged, sound) = (Some(version), Vec::new());
+                }
+                match saved.iter().find(|(at, _)| *at == version) {
+                    Some((_, saved)) if *saved == change.hash => sound.push(version),
+                    Some(_) => self.pass_over(version, "it is not what the log says"),
+                    None => {}
+                }
+                replay.push(change)?;
+            }
+            next = self.after(&tail).await?;
+        }
+        let first = match (purged, oldest) {
+            (Some(purged), _) => purged,
+            (None, 1) => 1,
+            // What was cleaned up left a saved snapshot at the cut.
+            (None, _) => *sound.first().ok_or_else(|| {
+                lost(&format!(
+                    "its log begins at v{oldest}, and no saved snapshot vouches for that: what \
+                     stood before was cleaned up or is lost"
+                ))
+            })?,
+        };
+        let change = replay.last().cloned().ok_or_else(|| lost("there are no events"))?;
+        let drop_snapshots = saved
+            .iter()
+            .map(|(version, _)| *version)
+            .chain(self.passed_over.iter().map(|passed| passed.version))
+            .filter(|version| !sound.contains(version))
+            .take(crate::trim::MOST_REMOVED)
+            .collect();
+        let head =
+            Head { change, snapshot_versions: sound, first_version: first, oldest_version: oldest };
+        let repair = Repair { drop_snapshots, ..Repair::of(found.revision(), head) };
+        let base = RecoveryBase::FirstEvent(oldest);
+        Ok((Folded { base, replay }, Some(repair)))
+    }
+
+    /// Folds page after page on what it starts from, to the end of the log.
+    async fn finish(
+        &mut self,
+        (base, mut replay): (RecoveryBase, Replay),
+        tail: Tail,
+        head: Option<&Head>,
+    ) -> Result<Folded> {
+        let wanted = head.map_or(u64::MAX, Head::version);
+        let mut at_head = replay.last().filter(|base| base.version == wanted).cloned();
+        let mut next = Some(tail);
+        while let Some(tail) = next {
+            for document in &tail.documents {
+                let change = schema::read_change(self.address, document)?;
+                if change.version == wanted {
+                    at_head = Some(change.clone());
+                }
+                replay.push(change)?;
+            }
+            next = self.after(&tail).await?;
+        }
+        if let Some(head) = head {
+            if replay.next_version() <= head.version() {
+                return Err(Error::corrupt(
+                    format!("the log of {} at v{}", self.address, replay.next_version()),
+                    "the event is missing",
+                ));
+            }
+            if at_head.as_ref() != Some(&head.change) {
+                return Err(Error::corrupt(
+                    format!("the head of {}", self.address),
+                    "it is not what its log says",
+                ));
+            }
+        }
+        Ok(Folded { base, replay })
+    }
+
+    fn pass_over(&mut self, version: u64, reason: &str) {
+        let address = self.address;
+        tracing::warn!(%address, version, reason, "a saved snapshot is passed over");
+        self.passed_over.push(PassedOver { version, reason: reason.to_owned() });
+    }
+
+    async fn snapshot(&self, version: u64) -> Result<(Option<Change>, u64)> {
+        let found = self.records.reader().get(&[self.address.snapshot(version)]).await?;
+        let Some(document) = found.into_iter().next().flatten() else { return Ok((None, 0)) };
+        let change = schema::read_change(self.address, &document)?;
+        Ok((Some(change), size(&document)))
+    }
+
+    /// The versions and hashes of all saved snapshots that can be read.
+    async fn all_saved(&mut self) -> Result<Vec<(u64, crate::chain::Hash)>> {
+        let (mut saved, mut from) = (Vec::new(), 0);
+        loop {
+            let reader = self.records.reader();
+            let (documents, more) =
+                reader.versions(self.address, Kind::Snapshots, from, u64::MAX, self.batch).await?;
+            for document in &documents {
+                self.bytes += size(document);
+                match schema::read_change(self.address, document) {
+                    Ok(change) => saved.push((change.version, change.hash)),
+                    Err(Error::Corrupt { reason, .. }) => {
+                        self.pass_over(document.key.version, &reason);
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            match documents.last() {
+                Some(last) if more => from = last.key.version + 1,
+                _ => return Ok(saved),
+            }
+        }
+    }
+
+    async fn page(&self, from: u64, to: u64) -> Result<Tail> {
+        let reader = self.records.reader();
+        let (documents, more) =
+            reader.versions(self.address, Kind::Events, from, to, self.batch).await?;
+        Ok(Tail { documents, more })
+    }
+
+    async fn after(&mut self, tail: &Tail) -> Result<Option<Tail>> {
+        self.bytes += tail.documents.iter().map(size).sum::<u64>();
+        match tail.documents.last() {
+            Some(last) if tail.more => Ok(Some(self.page(last.key.version + 1, u64::MAX).await?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Makes anew from the log what was passed over, and forgets what has no event any more.
+    async fn save_again(&self, repair: &mut Repair) -> Result<()> {
+        for passed in &self.passed_over {
+            if !repair.head.snapshot_versions.contains(&passed.version) {
+                continue;
+            }
+            let reader = self.records.reader();
+            match reader.changes_at(self.address, &[passed.version]).await {
+                Ok(mut found) => match found.pop().flatten() {
+                    Some(change) => repair.save.push(change),
+                    None => {
+                        repair.head.snapshot_versions.retain(|version| *version != passed.version);
+                        repair.drop_snapshots.push(passed.version);
+                    }
+                },
+                // Damage in the log is told by `verify`; the state is established without it.
+                Err(Error::Corrupt { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A page of events.
+struct Tail {
+    documents: Vec<Document>,
+    more: bool,
+}
+
+fn schema_is_damaged(address: &Address, tail: &Tail) -> bool {
+    tail.documents.first().is_some_and(|first| schema::read_change(address, first).is_err())
+}
+
+fn size(document: &Document) -> u64 {
+    document.body.as_text().len() as u64
+}
