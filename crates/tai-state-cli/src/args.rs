@@ -90,8 +90,30 @@ pub(crate) enum Command {
     Ls(Ls),
     /// Show the changes of a state, oldest first.
     History(History),
+    /// Show what changed in a state from one point in time to another, as a JSON Patch (RFC 6902).
+    Diff(Diff),
+    /// Show the changes of all states of a governor, in the order of their times.
+    Timeline(Timeline),
+    /// Make a state what it was, as a new version on top.
+    Revert(Revert),
+    /// Fold the log of a state from where it begins, and show what comes out.
+    Replay(Replay),
+    /// Establish a state from its log, and put back its head and saved snapshots where they are damaged
+    /// or missing.
+    Recover(Recover),
+    /// Saved snapshots, from which replay may start.
+    Snapshots(Snapshots),
+    /// Remove events and saved snapshots that are older than is wanted.
+    ///
+    /// What a state was at any time within what is kept can still be asked. Newest versions and deleted
+    /// states stay. May be run again, also after a kill: it goes on.
+    Cleanup(Cleanup),
+    /// Erase a state with everything that it ever was. A tombstone without data stays.
+    ///
+    /// Not erased: answers under idempotency keys, exports, backups. May be run again, also after a kill.
+    Purge(Purge),
     /// Prove the whole store: every hash, every chain, every head.
-    Verify,
+    Verify(Verify),
     /// Show figures of the store.
     Stats,
     /// Run transactions, one JSON object a line, one answer a line.
@@ -254,6 +276,9 @@ pub(crate) struct Ls {
     /// Deleted states too.
     #[arg(long)]
     pub(crate) deleted: bool,
+    /// As all of them were at one time: an RFC 3339 time, or -15m.
+    #[arg(long, allow_hyphen_values = true, value_name = "TIME", requires = "governor", conflicts_with_all = ["deleted", "after"])]
+    pub(crate) at: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -266,6 +291,136 @@ pub(crate) struct History {
     /// The last version.
     #[arg(long, value_name = "VERSION", value_parser = version)]
     pub(crate) to: Option<u64>,
+    /// From this point in time on: v42, an RFC 3339 time, or -15m.
+    #[arg(long, allow_hyphen_values = true, value_name = "POINT", conflicts_with = "from")]
+    pub(crate) since: Option<String>,
+    /// Up to this point in time.
+    #[arg(long, allow_hyphen_values = true, value_name = "POINT", conflicts_with = "to")]
+    pub(crate) until: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Diff {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+    /// From which point to which, such as v3..v7, -1d..-1h or v3.. (to the newest).
+    #[arg(allow_hyphen_values = true, value_name = "A..B")]
+    pub(crate) range: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Timeline {
+    /// The governor.
+    pub(crate) governor: String,
+    /// From this time on; without it from where the history of each state begins.
+    #[arg(long, allow_hyphen_values = true, value_name = "TIME")]
+    pub(crate) since: Option<String>,
+    /// Up to this time.
+    #[arg(long, allow_hyphen_values = true, value_name = "TIME")]
+    pub(crate) until: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Revert {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+    /// As it was: v42, an RFC 3339 time, or -15m.
+    #[arg(long, allow_hyphen_values = true, value_name = "POINT")]
+    pub(crate) to: String,
+    #[command(flatten)]
+    pub(crate) why: Why,
+    #[command(flatten)]
+    pub(crate) conditions: Conditions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Replay {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+    /// Up to this point in time.
+    #[arg(long, allow_hyphen_values = true, value_name = "POINT")]
+    pub(crate) to: Option<String>,
+    /// Compare with the head and with every saved snapshot, and name everything that does not fit.
+    #[arg(long, conflicts_with = "to")]
+    pub(crate) verify: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Recover {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Snapshots {
+    #[command(subcommand)]
+    pub(crate) command: SnapshotsCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotsCommand {
+    /// List those of a state that are kept.
+    Ls {
+        /// GOVERNOR/STATE
+        address: String,
+    },
+    /// Save one of the newest version.
+    Create {
+        /// GOVERNOR/STATE
+        address: String,
+    },
+    /// Remove the oldest of a state. The one where its history begins stays.
+    Prune {
+        /// GOVERNOR/STATE
+        address: String,
+        /// How many are kept.
+        #[arg(long, default_value_t = 1)]
+        keep: usize,
+    },
+}
+
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("age").required(true).args(["older_than", "before"])))]
+pub(crate) struct Cleanup {
+    /// The governor; without one all of them.
+    pub(crate) governor: Option<String>,
+    /// How long history is kept, such as 30d.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub(crate) older_than: Option<std::time::Duration>,
+    /// Since when history is kept: an RFC 3339 time.
+    #[arg(long, allow_hyphen_values = true, value_name = "TIME")]
+    pub(crate) before: Option<String>,
+    /// So many newest versions of each state are kept, however old.
+    #[arg(long, default_value_t = 1, value_name = "VERSIONS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) keep_last: u64,
+    /// Only say what would be removed.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// How many events one commit removes at most.
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u16).range(1..=400))]
+    pub(crate) batch: u16,
+    #[command(flatten)]
+    pub(crate) conditions: Conditions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Purge {
+    /// GOVERNOR/STATE
+    pub(crate) address: String,
+    /// It cannot be undone.
+    #[arg(long)]
+    pub(crate) yes: bool,
+    #[command(flatten)]
+    pub(crate) why: Why,
+    #[command(flatten)]
+    pub(crate) conditions: Conditions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// Only the states of this governor, with every rule that is broken.
+    #[arg(long)]
+    pub(crate) governor: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -63,7 +63,17 @@ async fn run(cli: Cli) -> Outcome {
         Command::Rm(args) => cmd::rm::run(&global, &args).await,
         Command::Ls(args) => cmd::ls::run(&global, &connect(&global, false).await?, &args).await,
         Command::History(args) => cmd::history::run(&global, &args).await,
-        Command::Verify => cmd::verify::run(&global, &connect(&global, false).await?).await,
+        Command::Diff(args) => cmd::diff::run(&global, &args).await,
+        Command::Timeline(args) => cmd::timeline::run(&global, &args).await,
+        Command::Revert(args) => cmd::revert::run(&global, &args).await,
+        Command::Replay(args) => cmd::replay::run(&global, &args).await,
+        Command::Recover(args) => cmd::recover::run(&global, &args).await,
+        Command::Snapshots(args) => cmd::snapshots::run(&global, &args).await,
+        Command::Cleanup(args) => cmd::cleanup::run(&global, &args).await,
+        Command::Purge(args) => cmd::purge::run(&global, &args).await,
+        Command::Verify(args) => {
+            cmd::verify::run(&global, &connect(&global, false).await?, &args).await
+        }
         Command::Stats => cmd::stats::run(&global, &connect(&global, false).await?).await,
         Command::Txn(args) => {
             let store = fenced(connect(&global, false).await?, &args.conditions)?;

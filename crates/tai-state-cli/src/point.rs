@@ -11,7 +11,25 @@ pub(crate) enum Point {
     Time(DateTime<Utc>),
 }
 
+impl From<Point> for tai_state::PointInTime {
+    fn from(point: Point) -> Self {
+        match point {
+            Point::Version(version) => Self::Version(version),
+            Point::Time(time) => Self::Time(time),
+        }
+    }
+}
+
 impl Point {
+    /// A point that must be a time.
+    pub(crate) fn time(text: &str) -> Outcome<DateTime<Utc>> {
+        match Self::parse(text)? {
+            Self::Time(time) => Ok(time),
+            Self::Version(_) => Err(Failure::usage(format!("{text:?} is a version, not a time"))
+                .hint("write 2026-11-22T15:00:00Z or -15m")),
+        }
+    }
+
     pub(crate) fn parse(text: &str) -> Outcome<Self> {
         Self::parse_at(text, SystemClock.now())
     }

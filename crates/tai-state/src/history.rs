@@ -1,197 +1,46 @@
-//! Reading the past: a state at a version or a time, its events, and the whole log as lines.
+//! Reading the past of a state: as it was at a version or a time, and its events.
 
-use std::io::Write;
+use std::collections::VecDeque;
 
-use chrono::{DateTime, Utc};
-use serde::{Deserialize, Serialize};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::Value;
 
-use crate::chain::{Change, Hash, Hasher, format_time};
-use crate::clock_vector::VectorClockSnapshot;
+use crate::chain::{Change, format_time};
+use crate::clock::{new_event_id, to_micros};
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::json::{write_canonical, write_string};
+use crate::json::refuse_deep;
 use crate::keys::Address;
 use crate::records::KnownHead;
 use crate::state::{ChangeMetadata, StateSnapshot};
 use crate::store::{ChangeAndBefore, StateRecord, StateStore, not_found};
-use crate::transition::{Expect, Request, Wish, check_input};
+use crate::transition::{Expect, Request, Wish};
 
 /// Events in memory at once while a history is read.
 const PAGE: usize = 500;
 
-/// One transition as it is exported and imported: one JSON object a line.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TransitionLine {
-    /// Whose state.
-    pub governor_id: String,
-    /// Which state.
-    pub state_id: String,
-    /// What was done.
-    pub action: String,
-    /// When.
-    pub timestamp: DateTime<Utc>,
-    /// Who did it.
-    pub actor: String,
-    /// Why; absent when nothing was said.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub reason: String,
-    /// The state after it; `null` after a deletion.
-    pub data: Value,
-    /// Whether it deleted the state; absent when not.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub deleted: bool,
+/// A point in the history of a state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PointInTime {
+    /// The version.
+    Version(u64),
+    /// The newest version that is not later.
+    Time(DateTime<Utc>),
 }
 
-impl TransitionLine {
-    /// Reads one line. Keys that stand twice, unknown keys and numbers that would be rounded are
-    /// refused.
-    ///
-    /// # Errors
-    /// [`Error::SerializationError`] naming `subject`.
-    pub fn parse(line: &str, subject: &str) -> Result<Self> {
-        let value = crate::json::parse(line, subject)?;
-        serde_json::from_value(value)
-            .map_err(|source| Error::SerializationError { subject: subject.to_owned(), source })
-    }
-
-    /// Checks what can be checked without a store: ids, sizes, depth, and that a deletion has no
-    /// data.
-    ///
-    /// # Errors
-    /// [`Error::InvalidState`] or [`Error::TooLarge`], naming `subject`.
-    pub fn check(&self, subject: &str) -> Result<()> {
-        let at = |error: Error| match error {
-            Error::InvalidState { subject: what, reason } => {
-                Error::refused(format!("{subject}: {what}"), reason)
-            }
-            Error::TooLarge { what, size, limit } => {
-                Error::TooLarge { what: format!("{subject}: {what}"), size, limit }
-            }
-            error => error,
-        };
-        if self.deleted && !self.data.is_null() {
-            return Err(Error::refused(subject, "it deletes the state and has data"));
-        }
-        let request = Request {
-            address: Address::new(&self.governor_id, &self.state_id).map_err(at)?,
-            id: self.identity(0),
-            action: self.action.clone(),
-            metadata: ChangeMetadata::new(&self.actor, &self.reason, None),
-            wish: Wish::Put(self.data.clone()),
-            expect: Expect::Any,
-            at: Some(self.timestamp),
-            based_on: VectorClockSnapshot::new(),
-        };
-        check_input(&request).map_err(at)
-    }
-
-    /// The identity of this transition when it is imported: a UUID made of what the line says, and
-    /// of how many equal lines stood before it. So the same line gets the same identity in every
-    /// run, and two equal lines are two transitions.
-    #[must_use]
-    pub fn identity(&self, equal_before: u64) -> String {
-        let mut hasher = Hasher::default();
-        // Hashing does not fail.
-        let _ = self.write(&mut hasher);
-        let _ = hasher.write_all(&equal_before.to_be_bytes());
-        let mut bytes = [0; 16];
-        bytes.iter_mut().zip(hasher.finish().as_bytes()).for_each(|(to, from)| *to = *from);
-        uuid::Builder::from_custom_bytes(bytes).into_uuid().to_string()
-    }
-
-    /// Writes the line in its canonical form, with the newline.
-    fn write(&self, out: &mut impl Write) -> std::io::Result<()> {
-        for (name, text) in [
-            ("{\"governor_id\":", self.governor_id.as_str()),
-            (",\"state_id\":", &self.state_id),
-            (",\"action\":", &self.action),
-            (",\"timestamp\":", &format_time(&self.timestamp)),
-            (",\"actor\":", &self.actor),
-        ] {
-            out.write_all(name.as_bytes())?;
-            write_string(text, out)?;
-        }
-        if !self.reason.is_empty() {
-            out.write_all(b",\"reason\":")?;
-            write_string(&self.reason, out)?;
-        }
-        out.write_all(b",\"data\":")?;
-        write_canonical(&self.data, out)?;
-        if self.deleted {
-            out.write_all(b",\"deleted\":true")?;
-        }
-        out.write_all(b"}\n")
+impl From<u64> for PointInTime {
+    fn from(version: u64) -> Self {
+        Self::Version(version)
     }
 }
 
-impl From<&Change> for TransitionLine {
-    fn from(change: &Change) -> Self {
-        Self {
-            governor_id: change.address.governor.id(),
-            state_id: change.address.state.id(),
-            action: change.action.clone(),
-            timestamp: change.timestamp,
-            actor: change.metadata.changed_by.clone(),
-            reason: change.metadata.reason.clone(),
-            data: change.data.clone(),
-            deleted: change.deleted,
-        }
+impl From<DateTime<Utc>> for PointInTime {
+    fn from(time: DateTime<Utc>) -> Self {
+        Self::Time(time)
     }
 }
 
-impl From<&Event> for TransitionLine {
-    fn from(event: &Event) -> Self {
-        Self {
-            governor_id: event.governor_id.to_string(),
-            state_id: event.to_state.id.to_string(),
-            action: event.action.clone(),
-            timestamp: event.timestamp,
-            actor: event.metadata.changed_by.clone(),
-            reason: event.metadata.reason.clone(),
-            data: event.to_state.data.clone(),
-            deleted: event.deleted,
-        }
-    }
-}
-
-/// What an export was, in the end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct ExportSummary {
-    /// States, deleted ones included.
-    pub states: u64,
-    /// Lines.
-    pub transitions: u64,
-    /// The SHA-256 of all lines, each with its newline.
-    pub content_hash: Hash,
-}
-
-/// Counts and hashes what a log says, in canonical order: by governor, state and version, ids in
-/// the order of their escaped bytes. Equal histories have equal hashes on every backend.
-#[derive(Clone, Default)]
-pub(crate) struct ContentHash {
-    hasher: Hasher,
-    line: Vec<u8>,
-}
-
-impl ContentHash {
-    /// Takes the next change and gives its line, with the newline.
-    pub(crate) fn push(&mut self, change: &Change) -> &[u8] {
-        self.line.clear();
-        // Writing to memory does not fail, nor does hashing.
-        let _ = TransitionLine::from(change).write(&mut self.line);
-        let _ = self.hasher.write_all(&self.line);
-        &self.line
-    }
-
-    pub(crate) fn finish(self) -> Hash {
-        self.hasher.finish()
-    }
-}
-
-/// The events of a state in pages.
+/// The events of a state in pages, or one by one. A page is in memory at once.
 #[derive(Debug)]
 pub struct History<'a> {
     store: &'a StateStore,
@@ -199,6 +48,7 @@ pub struct History<'a> {
     next: u64,
     last: u64,
     before: Option<Change>,
+    read: VecDeque<Event>,
 }
 
 impl History<'_> {
@@ -208,7 +58,10 @@ impl History<'_> {
     /// # Errors
     /// [`Error::Corrupt`] naming the first version that does not fit.
     pub async fn next_page(&mut self) -> Result<Vec<Event>> {
-        let changes = self.next_changes().await?;
+        if !self.read.is_empty() {
+            return Ok(std::mem::take(&mut self.read).into());
+        }
+        let changes = self.read_changes().await?;
         let mut events = Vec::with_capacity(changes.len());
         for change in changes {
             events.push(change.event(self.before.as_ref()));
@@ -217,7 +70,27 @@ impl History<'_> {
         Ok(events)
     }
 
-    async fn next_changes(&mut self) -> Result<Vec<Change>> {
+    /// The next event, the oldest first; `None` at the end.
+    ///
+    /// # Errors
+    /// As [`next_page`](History::next_page).
+    pub async fn next(&mut self) -> Result<Option<Event>> {
+        if self.read.is_empty() {
+            self.read = self.next_page().await?.into();
+        }
+        Ok(self.read.pop_front())
+    }
+
+    /// The next changes, without the states before them; empty at the end.
+    pub(crate) async fn next_changes(&mut self) -> Result<Vec<Change>> {
+        let changes = self.read_changes().await?;
+        if let Some(last) = changes.last() {
+            self.before = Some(last.clone());
+        }
+        Ok(changes)
+    }
+
+    async fn read_changes(&mut self) -> Result<Vec<Change>> {
         if self.next > self.last {
             return Ok(Vec::new());
         }
@@ -243,7 +116,7 @@ fn deleted_then(address: &Address, at: &str) -> Error {
     not_found(address, format!("{at}: it was deleted then"))
 }
 
-fn missing(address: &Address, version: u64) -> Error {
+pub(crate) fn missing(address: &Address, version: u64) -> Error {
     Error::corrupt(
         format!("the log of {address} at v{version}"),
         "the event is missing or does not follow from the one before it",
@@ -430,47 +303,215 @@ impl StateStore {
         } else {
             None
         };
-        Ok(History { store: self, address, next, last, before })
+        Ok(History { store: self, address, next, last, before, read: VecDeque::new() })
     }
 
-    /// Writes the whole log, or that of one governor, as lines of [`TransitionLine`] in canonical
-    /// order. Each state is read up to the version that its head has when it is reached.
+    /// The events of a state from one time to another, both included, oldest first.
     ///
     /// # Errors
-    /// What reading meets, [`Error::Corrupt`] included, and [`Error::Storage`] when `out` refuses.
-    pub async fn export(
+    /// As [`history`](StateStore::history): [`Error::HistoryTrimmed`] too when what is kept begins
+    /// later than `from`, so that some of them may not be kept any more.
+    pub async fn events_between(
         &self,
-        governor: Option<&str>,
-        out: &mut (dyn Write + Send),
-        mut progress: impl FnMut(u64) + Send,
-    ) -> Result<ExportSummary> {
-        let mut content = ContentHash::default();
-        let (mut states, mut transitions) = (0, 0);
-        let mut walk = self.walk(governor)?;
-        while let Some(page) = walk.next_page().await? {
-            for (address, head) in page {
-                states += 1;
-                let mut history = self.history_of(address, &head);
-                while history.next <= history.last {
-                    let changes = history.next_changes().await?;
-                    for change in &changes {
-                        out.write_all(content.push(change)).map_err(|error| Error::Storage {
-                            location: "the export's output".into(),
-                            reason: error.to_string(),
-                        })?;
-                        transitions += 1;
-                    }
-                    history.before = changes.into_iter().next_back();
-                    progress(transitions);
-                }
-            }
-        }
-        Ok(ExportSummary { states, transitions, content_hash: content.finish() })
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+        from: DateTime<Utc>,
+        to: DateTime<Utc>,
+    ) -> Result<History<'_>> {
+        self.history_between(governor, state, Some(from.into()), Some(to.into())).await
     }
 
-    fn history_of(&self, address: Address, head: &KnownHead) -> History<'_> {
+    /// The events of a state from one point in time to another, both included, oldest first.
+    ///
+    /// # Errors
+    /// As [`events_between`](StateStore::events_between).
+    pub async fn history_between(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+        from: Option<PointInTime>,
+        to: Option<PointInTime>,
+    ) -> Result<History<'_>> {
+        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let known = self.records.head(&address).await?;
+        let head = known.ok_or_else(|| not_found(&address, String::new()))?;
+        let time = |point| match point {
+            Some(PointInTime::Time(time)) => Some(time),
+            _ => None,
+        };
+        let (mut next, mut last) =
+            self.versions_between(&address, &head, time(from), time(to)).await?;
+        if let Some(PointInTime::Version(first)) = from {
+            if first.max(1) < head.head.first_version {
+                return Err(trimmed(&address, &head, &format!("v{first}")));
+            }
+            next = first.max(1);
+        }
+        if let Some(PointInTime::Version(version)) = to {
+            last = version.min(head.head.version());
+        }
+        let before = if next > head.head.first_version && next <= last {
+            Some(self.change_at(&address, &head, next - 1).await?)
+        } else {
+            None
+        };
+        Ok(History { store: self, address, next, last, before, read: VecDeque::new() })
+    }
+
+    /// The versions that were made from one time to another. None when the last is before the first.
+    pub(crate) async fn versions_between(
+        &self,
+        address: &Address,
+        head: &KnownHead,
+        from: Option<DateTime<Utc>>,
+        to: Option<DateTime<Utc>>,
+    ) -> Result<(u64, u64)> {
+        let first_kept = head.head.first_version;
+        // Times are whole microseconds; what is within one has not passed before it.
+        let micros = |time: DateTime<Utc>| match to_micros(time) {
+            whole if whole < time => whole.checked_add_signed(TimeDelta::microseconds(1)),
+            whole => Some(whole),
+        };
+        let before = from.and_then(micros);
+        let before = before.and_then(|from| from.checked_sub_signed(TimeDelta::microseconds(1)));
+        let first = match before {
+            None => first_kept,
+            Some(before) => match self.newest_until(address, head, before).await? {
+                Some(change) => change.version + 1,
+                None if first_kept > 1 => {
+                    let asked = format!("what happened since {}", format_time(&before));
+                    return Err(trimmed(address, head, &asked));
+                }
+                None => first_kept,
+            },
+        };
+        let last = match to {
+            None => head.head.version(),
+            Some(to) => {
+                self.newest_until(address, head, to).await?.map_or(0, |change| change.version)
+            }
+        };
+        Ok((first, last))
+    }
+
+    /// A state as it was at a point in time, with all that was noted beside it.
+    ///
+    /// # Errors
+    /// As [`state_at_version`](StateStore::state_at_version).
+    pub async fn record_at(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+        point: impl Into<PointInTime>,
+    ) -> Result<StateRecord> {
+        match point.into() {
+            PointInTime::Version(version) => self.record_at_version(governor, state, version).await,
+            PointInTime::Time(time) => self.record_at_time(governor, state, time).await,
+        }
+    }
+
+    /// What changed in the data of a state from one point in time to another, as a JSON Patch
+    /// (RFC 6902): applied to the first it gives the second. Where the state did not exist or was
+    /// deleted, its data count as `null`; version 0 is before it existed.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> tai_state::Result<()> {
+    /// # use serde_json::json;
+    /// # use tai_state::*;
+    /// # let store = StateStore::in_memory();
+    /// # let why = || ChangeMetadata::new("docs", "example", None);
+    /// for n in 1..=3 {
+    ///     let state = StateSnapshot::new("s".into(), json!({"n": n, "same": true}), why());
+    ///     store.save_state("g", "s", state, why()).await?;
+    /// }
+    /// let patch = store.diff("g", "s", 1, 3).await?;
+    /// assert_eq!(patch, json!([{"op": "replace", "path": "/n", "value": 3}]));
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::StateNotFound`] when it never existed or never had that version;
+    /// [`Error::HistoryTrimmed`].
+    pub async fn diff(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+        from: impl Into<PointInTime>,
+        to: impl Into<PointInTime>,
+    ) -> Result<Value> {
+        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let (from, to) = (from.into(), to.into());
+        let known = self.records.head(&address).await?;
+        let head = known.ok_or_else(|| not_found(&address, String::new()))?;
+        let (from, to) =
+            (self.data_at(&address, &head, from).await?, self.data_at(&address, &head, to).await?);
+        let patch = json_patch::diff(&from, &to);
+        serde_json::to_value(patch)
+            .map_err(|source| Error::SerializationError { subject: address.to_string(), source })
+    }
+
+    async fn data_at(
+        &self,
+        address: &Address,
+        head: &KnownHead,
+        point: PointInTime,
+    ) -> Result<Value> {
+        let first = head.head.first_version;
+        match point {
+            PointInTime::Version(0) if first == 1 => Ok(Value::Null),
+            PointInTime::Version(version) if version < first => {
+                Err(trimmed(address, head, &format!("v{version}")))
+            }
+            PointInTime::Version(version) if version > head.head.version() => {
+                Err(not_found(address, format!(" at v{version}")))
+            }
+            PointInTime::Version(version) => Ok(self.change_at(address, head, version).await?.data),
+            PointInTime::Time(time) => match self.newest_until(address, head, time).await? {
+                Some(change) => Ok(change.data),
+                None if first > 1 => Err(trimmed(address, head, &format_time(&time))),
+                None => Ok(Value::Null),
+            },
+        }
+    }
+
+    /// Makes a state what it was at a point in time, as a new version on top: nothing of the history
+    /// is undone. The context of its event has `reverted_to`, the version that it repeats. Somebody
+    /// who is faster is not overwritten.
+    ///
+    /// # Errors
+    /// As [`state_at_version`](StateStore::state_at_version); [`Error::VersionConflict`] when the
+    /// state changed meanwhile.
+    pub async fn revert(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+        to: impl Into<PointInTime>,
+        metadata: ChangeMetadata,
+    ) -> Result<Event> {
+        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let known = self.records.head(&address).await?;
+        let newest = known.ok_or_else(|| not_found(&address, String::new()))?.head.version();
+        let then = self.record_at(governor, state, to).await?.snapshot;
+        let mut metadata = metadata.with_context("reverted_to", then.version);
+        refuse_deep(metadata.context.values_mut(), &address.to_string())?;
+        let request = Request {
+            address,
+            id: new_event_id().to_string(),
+            action: "revert".to_owned(),
+            metadata,
+            wish: Wish::Put(then.data),
+            expect: Expect::Version(newest),
+            at: None,
+            based_on: then.causality,
+        };
+        let policy = &self.records.options().persistence;
+        let (change, before) = self.records.apply(&request, policy, &self.conditions).await?;
+        Ok(change.event(before.as_ref().map(|head| &head.change)))
+    }
+
+    pub(crate) fn history_of(&self, address: Address, head: &KnownHead) -> History<'_> {
         let (next, last) = (head.head.first_version, head.head.version());
-        History { store: self, address, next, last, before: None }
+        History { store: self, address, next, last, before: None, read: VecDeque::new() }
     }
 
     /// The head of a state that has, or had, this version.
@@ -517,7 +558,7 @@ impl StateStore {
     }
 }
 
-fn trimmed(address: &Address, head: &KnownHead, asked: &str) -> Error {
+pub(crate) fn trimmed(address: &Address, head: &KnownHead, asked: &str) -> Error {
     Error::HistoryTrimmed {
         governor: address.governor.id(),
         state: address.state.id(),

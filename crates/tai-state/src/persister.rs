@@ -96,7 +96,9 @@ impl NewTransition {
         Self::new(governor, state, action, Wish::Put(data), metadata)
     }
 
-    /// The state is deleted.
+    /// The state is deleted. There must be one, unless the transition has its own
+    /// [time](NewTransition::at) and is [expecting](NewTransition::expecting) version 0: a log from
+    /// elsewhere, whose beginning was cleaned up there, may begin with a deletion.
     pub fn to_deleted(
         governor: impl Into<String>,
         state: impl Into<String>,

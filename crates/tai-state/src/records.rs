@@ -9,6 +9,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
+
 use crate::backend::{
     Backend, BackendError, Identity, Key, Kind, Name, Precondition, Revision, Write,
 };
@@ -222,7 +224,18 @@ impl Records {
         request: &Request,
         policy: &PersistenceConfig,
     ) -> Result<Transition> {
-        transition::plan(head, request, self.options.clock.now(), &self.node, policy)
+        self.plan_at(self.options.clock.now(), head, request, policy)
+    }
+
+    /// As [`plan`](Records::plan), at a time that was taken before.
+    pub(crate) fn plan_at(
+        &self,
+        now: DateTime<Utc>,
+        head: Option<&Head>,
+        request: &Request,
+        policy: &PersistenceConfig,
+    ) -> Result<Transition> {
+        transition::plan(head, request, now, &self.node, policy)
     }
 
     /// Carries out one request: stands in line with the other writers of the state here, plans it on

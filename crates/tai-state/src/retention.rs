@@ -1,4 +1,4 @@
-//! How much of the past is kept: saved snapshots, clean-up of what is old, and the erasure of a state.
+//! How much of the past is kept: the clean-up of what is old.
 //!
 //! First the head says since when history is kept, in one commit with the saved snapshot at that version;
 //! from then on nobody looks for what is older. Then that is removed, batch by batch, each in one commit
@@ -10,28 +10,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::backend::{Document, Key, Kind};
-use crate::chain::{Change, Hash};
-use crate::clock::new_event_id;
-use crate::clock_vector::VectorClockSnapshot;
+use crate::chain::Change;
 use crate::error::{Error, Result};
-use crate::json::refuse_deep;
 use crate::keys::{Address, Name};
 use crate::persister::StateMachinePersister;
 use crate::records::KnownHead;
-use crate::schema;
-use crate::state::ChangeMetadata;
-use crate::store::{StateStore, not_found};
-use crate::transition::{Expect, Head, PURGE_CONTEXT, Request, Wish};
-use crate::trim::{self, MOST_REMOVED, Trim};
-
-/// The action of the event that a purge leaves.
-const PURGE: &str = "purge";
+use crate::store::StateStore;
+use crate::transition::Head;
+use crate::trim::{self, MOST_REMOVED};
 
 /// States that are looked at in one go.
-const PAGE: usize = 200;
+pub(crate) const PAGE: usize = 200;
 
 /// What is old, and how it is removed.
 #[derive(Debug, Clone)]
@@ -112,51 +104,19 @@ pub struct CleanupReport {
     pub problems: Vec<String>,
 }
 
-/// What the erasure of a state has removed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct PurgeReport {
-    /// Whose state.
-    pub governor_id: String,
-    /// Which state.
-    pub state_id: String,
-    /// The version of the purge: the tombstone. Versions go on after it.
-    pub version: u64,
-    /// The hash of its event.
-    pub hash: Hash,
-    /// Events that this call removed. What an earlier call removed that did not come to its end is not
-    /// counted.
-    pub events: u64,
-    /// Saved snapshots that this call removed.
-    pub snapshots: u64,
-    /// The bytes of the bodies of all that was removed.
-    pub recovered_bytes: u64,
-}
-
-/// What the removal of saved snapshots has removed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct PruneReport {
-    /// Saved snapshots that were removed.
-    pub snapshots: u64,
-    /// The bytes of their bodies.
-    pub recovered_bytes: u64,
-}
-
-/// One saved snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct SavedSnapshot {
-    /// The version that it is of.
-    pub version: u64,
-    /// When that version was made; `None` when the snapshot cannot be read.
-    pub timestamp: Option<DateTime<Utc>>,
-    /// The bytes of its body; 0 when it is missing.
-    pub bytes: u64,
-    /// Whether it is the one where history begins, which is kept however old it is.
-    pub is_cut: bool,
-    /// Why it cannot be used, if so.
-    pub problem: Option<String>,
+impl CleanupReport {
+    /// The sum of two of the same run.
+    #[must_use]
+    pub fn and(mut self, other: Self) -> Self {
+        self.states += other.states;
+        self.states_trimmed += other.states_trimmed;
+        self.events += other.events;
+        self.snapshots += other.snapshots;
+        self.snapshots_saved += other.snapshots_saved;
+        self.recovered_bytes += other.recovered_bytes;
+        self.problems.extend(other.problems);
+        self
+    }
 }
 
 impl StateMachinePersister {
@@ -328,7 +288,7 @@ impl StateMachinePersister {
     }
 
     /// Removes what was given up, batch by batch, and tells of each.
-    async fn sweep(
+    pub(crate) async fn sweep(
         &self,
         address: &Address,
         batch: usize,
@@ -391,7 +351,7 @@ impl StateMachinePersister {
     }
 
     /// The sizes of those saved snapshots that exist.
-    async fn sizes(
+    pub(crate) async fn sizes(
         &self,
         address: &Address,
         versions: impl Iterator<Item = &u64>,
@@ -405,228 +365,17 @@ impl StateMachinePersister {
         Ok(sizes)
     }
 
-    /// Erases a state with everything that it ever was: events, saved snapshots, and the data of its head.
-    /// What stays is a tombstone without data, so that versions do not begin anew, and one event, which
-    /// says who purged it and why. What a state becomes afterwards is not erased.
-    ///
-    /// The purge counts from its first commit: reading a history before it is
-    /// [`Error::HistoryTrimmed`]. A call that does not come to its end is finished by another one, or by a
-    /// clean-up; until then single events may still be found. Not erased: answers under idempotency keys,
-    /// exports, backups, and whatever else was copied. On a file the freed space is overwritten with
-    /// zeros; the write-ahead log beside it is removed when the last handle is closed.
-    ///
-    /// # Errors
-    /// [`Error::StateNotFound`] when the state never existed; what reading and writing meet.
-    pub async fn purge(
-        &self,
-        governor: impl AsRef<str>,
-        state: impl AsRef<str>,
-        mut metadata: ChangeMetadata,
-        mut progress: impl FnMut(u64) + Send,
-    ) -> Result<PurgeReport> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
-        refuse_deep(metadata.context.values_mut(), &address.to_string())?;
-        let absent = || not_found(&address, String::new());
-        let mut known = self.records.head(&address).await?.ok_or_else(absent)?;
-        let (mut snapshots, mut recovered_bytes, mut events) = (0, 0, 0);
-        if !is_purged(&known.head) {
-            // One commit takes a bounded number of documents.
-            while known.head.snapshot_versions.len() > MOST_REMOVED / 2 {
-                let pruned = self.prune(&address, 0).await?;
-                snapshots += pruned.snapshots;
-                recovered_bytes += pruned.recovered_bytes;
-                known = self.records.head(&address).await?.ok_or_else(absent)?;
-            }
-            let sizes = self.sizes(&address, known.head.snapshot_versions.iter()).await?;
-            let request = Request {
-                address: address.clone(),
-                id: new_event_id().to_string(),
-                action: PURGE.to_owned(),
-                metadata,
-                wish: Wish::Purge,
-                expect: Expect::Any,
-                at: None,
-                based_on: VectorClockSnapshot::new(),
-            };
-            self.records.apply(&request, &self.config, &self.conditions).await?;
-            snapshots += sizes.len() as u64;
-            recovered_bytes += sizes.values().sum::<u64>();
-        }
-        let mut swept = (0, 0);
-        self.sweep(&address, MOST_REMOVED, |count, bytes| {
-            swept = (swept.0 + count, swept.1 + bytes);
-            progress(swept.0);
-        })
-        .await?;
-        events += swept.0;
-        recovered_bytes += swept.1;
-        let head = self.records.head(&address).await?.ok_or_else(absent)?.head;
-        let first = head.first_version;
-        // What no head named, such as what was put there by hand.
-        let strays = self.strays(&address, Kind::Snapshots, first).await?;
-        if !strays.is_empty() {
-            let versions: Vec<u64> = strays.iter().map(|found| found.key.version).collect();
-            let decide = |head: &Head| Some(Trim::without(head, &versions));
-            self.records.revise(&address, &self.conditions, decide).await?;
-            snapshots += strays.len() as u64;
-            recovered_bytes += strays.iter().map(size).sum::<u64>();
-        }
-        let tombstone = self.records.reader().changes_at(&address, &[first]).await?;
-        let tombstone = tombstone.into_iter().next().flatten().ok_or_else(|| {
-            Error::corrupt(format!("the log of {address} at v{first}"), "the event is missing")
-        })?;
-        Ok(PurgeReport {
-            governor_id: address.governor.id(),
-            state_id: address.state.id(),
-            version: tombstone.version,
-            hash: tombstone.hash,
-            events,
-            snapshots,
-            recovered_bytes,
-        })
-    }
-
-    /// Looks whether a purge has left nothing: no event and no saved snapshot from before it, and a
-    /// history that begins with it.
-    ///
-    /// # Errors
-    /// [`Error::Corrupt`] naming what is still there.
-    pub async fn verify_purge(&self, report: &PurgeReport) -> Result<()> {
-        let address = Address::new(&report.governor_id, &report.state_id)?;
-        let still = |what: String| Err(Error::corrupt(format!("the purge of {address}"), what));
-        let Some(known) = self.records.head(&address).await? else {
-            return still("its tombstone is missing".into());
-        };
-        if known.head.first_version < report.version {
-            let first = known.head.first_version;
-            return still(format!("history is kept since v{first}"));
-        }
-        for kind in [Kind::Events, Kind::Snapshots] {
-            if let Some(found) = self.strays(&address, kind, report.version).await?.first() {
-                return still(format!("{} is still there", found.key));
-            }
-        }
-        // A later clean-up may have removed the event of the purge too.
-        if known.head.first_version == report.version {
-            let event = self.records.reader().changes_at(&address, &[report.version]).await?;
-            if event.first().and_then(Option::as_ref).map(|event| event.hash) != Some(report.hash) {
-                return still("its own event is another".into());
-            }
-        }
-        Ok(())
-    }
-
-    /// The first documents of a state below a version.
-    async fn strays(&self, address: &Address, kind: Kind, below: u64) -> Result<Vec<Document>> {
-        let reader = self.records.reader();
-        Ok(reader.versions(address, kind, 0, below.saturating_sub(1), MOST_REMOVED).await?.0)
-    }
-
-    /// The saved snapshots of a state that are kept, the oldest first.
-    ///
-    /// # Errors
-    /// [`Error::StateNotFound`]; what reading meets.
-    pub async fn saved_snapshots(
-        &self,
-        governor: impl AsRef<str>,
-        state: impl AsRef<str>,
-    ) -> Result<Vec<SavedSnapshot>> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
-        let known = self.records.head(&address).await?;
-        let head = known.ok_or_else(|| not_found(&address, String::new()))?.head;
-        let mut saved = Vec::with_capacity(head.snapshot_versions.len());
-        for versions in head.snapshot_versions.chunks(PAGE) {
-            let keys: Vec<Key> =
-                versions.iter().map(|version| address.snapshot(*version)).collect();
-            let found = self.records.reader().get(&keys).await?;
-            for (version, document) in versions.iter().zip(found) {
-                let read = document.as_ref().map(|found| schema::read_change(&address, found));
-                let (timestamp, problem) = match read {
-                    None => (None, Some("it is missing".to_owned())),
-                    Some(Ok(change)) => (Some(change.timestamp), None),
-                    Some(Err(error)) => (None, Some(error.to_string())),
-                };
-                saved.push(SavedSnapshot {
-                    version: *version,
-                    timestamp,
-                    bytes: document.as_ref().map_or(0, size),
-                    is_cut: head.cut_snapshot() == Some(*version),
-                    problem,
-                });
-            }
-        }
-        Ok(saved)
-    }
-
-    /// Saves a snapshot of the newest version now, whatever the interval says; returns that version.
-    ///
-    /// # Errors
-    /// [`Error::StateNotFound`] for a state that does not exist; what reading and writing meet.
-    pub async fn save_snapshot(
-        &self,
-        governor: impl AsRef<str>,
-        state: impl AsRef<str>,
-    ) -> Result<u64> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
-        let saved = self.records.revise(&address, &self.conditions, trim::save).await?;
-        match saved {
-            Some(trim) => Ok(trim.head.version()),
-            None => {
-                let known = self.records.head(&address).await?;
-                Ok(known.ok_or_else(|| not_found(&address, String::new()))?.head.version())
-            }
-        }
-    }
-
-    /// Removes saved snapshots of a state, the oldest first, until so many are left beside the one where
-    /// its history begins. No event is removed.
-    ///
-    /// # Errors
-    /// [`Error::StateNotFound`]; what reading and writing meet.
-    pub async fn prune_snapshots(
-        &self,
-        governor: impl AsRef<str>,
-        state: impl AsRef<str>,
-        keep: usize,
-    ) -> Result<PruneReport> {
-        let address = Address::new(governor.as_ref(), state.as_ref())?;
-        self.prune(&address, keep).await
-    }
-
-    async fn prune(&self, address: &Address, keep: usize) -> Result<PruneReport> {
-        let mut report = PruneReport::default();
-        loop {
-            let known = self.records.head(address).await?;
-            let head = known.ok_or_else(|| not_found(address, String::new()))?.head;
-            let sizes = match trim::prune(&head, keep) {
-                Some(trim) => self.sizes(address, trim.drop_snapshots.iter()).await?,
-                None => return Ok(report),
-            };
-            let decide = |head: &Head| trim::prune(head, keep);
-            if let Some(trim) = self.records.revise(address, &self.conditions, decide).await? {
-                let (snapshots, bytes) = removed(&trim.drop_snapshots, &sizes);
-                report.snapshots += snapshots;
-                report.recovered_bytes += bytes;
-            }
-        }
-    }
-
     pub(crate) fn store(&self) -> StateStore {
         StateStore { records: Arc::clone(&self.records), conditions: self.conditions.clone() }
     }
 }
 
-/// Whether a head is the tombstone of a purge.
-fn is_purged(head: &Head) -> bool {
-    head.change.deleted && head.change.metadata.context.contains_key(PURGE_CONTEXT)
-}
-
 /// How many of these versions there were, and their bytes.
-fn removed(versions: &[u64], sizes: &HashMap<u64, u64>) -> (u64, u64) {
+pub(crate) fn removed(versions: &[u64], sizes: &HashMap<u64, u64>) -> (u64, u64) {
     let found = versions.iter().filter_map(|version| sizes.get(version));
     found.fold((0, 0), |(count, bytes), size| (count + 1, bytes + size))
 }
 
-fn size(document: &Document) -> u64 {
+pub(crate) fn size(document: &Document) -> u64 {
     document.body.as_text().len() as u64
 }

@@ -68,7 +68,9 @@ impl Records {
                             unclear = true;
                             overtaken_by_nobody(proposal.groups)
                         }
-                        Ok(Settled::Trimmed) => {
+                        // It was refused, and never sent without an answer: what is gone was another's.
+                        Ok(Settled::Trimmed(refused)) if !unclear => return Err(refused),
+                        Ok(Settled::Trimmed(_)) => {
                             let reason = overtaken_by_nobody(proposal.groups);
                             return Err(outcome_unknown(proposal.groups, reason).into());
                         }
@@ -105,7 +107,7 @@ impl Records {
                 Ok(Settled::Applied(heads)) => Ok(Applied::Settled(heads)),
                 Ok(Settled::Overtaken(refused)) => Err(refused),
                 Ok(Settled::Renewed) => Err(source.into()),
-                Ok(Settled::AsPlanned | Settled::Trimmed) | Err(_) => {
+                Ok(Settled::AsPlanned | Settled::Trimmed(_)) | Err(_) => {
                     Err(outcome_unknown(proposal.groups, source).into())
                 }
             };
@@ -194,7 +196,8 @@ impl Records {
             return Ok(Settled::Applied(heads));
         }
         if trimmed {
-            return Ok(Settled::Trimmed);
+            let error = conflict.unwrap_or_else(|| overtaken_by_nobody(groups));
+            return Ok(Settled::Trimmed(Refused { heads, ..Refused::from(error) }));
         }
         Ok(match conflict {
             Some(error) => Settled::Overtaken(Refused { heads, ..Refused::from(error) }),
@@ -279,8 +282,8 @@ enum Settled {
     Renewed,
     /// Nothing has changed; it may still be on its way.
     AsPlanned,
-    /// What would tell was cleaned up.
-    Trimmed,
+    /// What would tell was cleaned up. What is planned on has changed all the same.
+    Trimmed(Refused),
 }
 
 /// Why a commit was not applied, and the newest heads of its groups as far as they were seen.

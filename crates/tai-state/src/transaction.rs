@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use chrono::{DateTime, Utc};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -49,6 +50,8 @@ pub(crate) struct Work {
     view: Option<Arc<View>>,
     pub(crate) states: BTreeMap<Address, Touched>,
     command: Option<(Asked, Progress)>,
+    /// When it changed something first.
+    now: Option<DateTime<Utc>>,
     /// What was read has changed under the transaction: whatever its closure says does not count.
     pub(crate) spoiled: Option<Error>,
     over: bool,
@@ -404,11 +407,13 @@ impl Transaction {
             return Err(Error::refused(subject, "its idempotency key was answered before"));
         }
         self.read(&mut work, std::slice::from_ref(&request.address)).await?;
+        // One time for all that it changes: so a cut at any time shows all of it or nothing.
+        let now = *work.now.get_or_insert_with(|| self.records.options().clock.now());
         let Some(touched) = work.states.get_mut(&request.address) else {
             return Err(Error::refused(request.address.to_string(), "it was not read"));
         };
         let policy = &self.records.options().persistence;
-        let step = self.records.plan(touched.head(), &request, policy)?;
+        let step = self.records.plan_at(now, touched.head(), &request, policy)?;
         let event = step.head.change.event(touched.head().map(|head| &head.change));
         touched.steps.push(step);
         Ok(event)

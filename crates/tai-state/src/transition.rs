@@ -130,6 +130,8 @@ pub(crate) fn plan(
     let (data, deleted) = match &request.wish {
         Wish::Put(data) => (data.clone(), false),
         Wish::Delete if before.is_some_and(|change| !change.deleted) => (Value::Null, true),
+        // A log from elsewhere that was shortened may begin so.
+        Wish::Delete if before.is_none() && is_first_of_a_log(request) => (Value::Null, true),
         Wish::Purge if before.is_some() => (Value::Null, true),
         Wish::Delete | Wish::Purge => return Err(not_found(&request.address)),
     };
@@ -205,6 +207,10 @@ pub(crate) fn surplus(versions: &[u64], cut: Option<u64>, kept: usize) -> Vec<u6
         versions.iter().copied().filter(|version| Some(*version) != cut).collect();
     others.truncate(others.len().saturating_sub(kept));
     others
+}
+
+fn is_first_of_a_log(request: &Request) -> bool {
+    request.at.is_some() && request.expect == Expect::Version(0)
 }
 
 /// How many saved snapshots one commit removes at most.

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::backend::{Document, Kind};
 use crate::chain::{Change, Hash};
 use crate::error::{Error, Result};
-use crate::history::ContentHash;
+use crate::export::ContentHash;
 use crate::keys::{Address, Name};
 use crate::reader::known;
 use crate::records::KnownHead;
@@ -219,6 +219,29 @@ impl StateStore {
         Ok(ConsistencyReport { governor_id, ok, states, events, snapshots, leftovers, problems })
     }
 
+    /// As [`validate_consistency`](StateStore::validate_consistency) for one state. Documents that
+    /// stand beside its log are not looked for.
+    ///
+    /// # Errors
+    /// [`Error::StateNotFound`] when it never existed; as [`verify`](StateStore::verify).
+    pub async fn validate_state(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+    ) -> Result<ConsistencyReport> {
+        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let mut proof = Proof::new();
+        if let Err(error) = self.verify_address(&address, &mut proof).await {
+            proof.note(error)?;
+        }
+        if proof.states == 0 {
+            return Err(crate::store::not_found(&address, String::new()));
+        }
+        let Proof { content: _, states, events, snapshots, leftovers, problems } = proof;
+        let (governor_id, ok) = (address.governor.id(), problems.is_empty());
+        Ok(ConsistencyReport { governor_id, ok, states, events, snapshots, leftovers, problems })
+    }
+
     async fn prove(
         &self,
         governor: Option<&Name>,
@@ -393,7 +416,7 @@ impl StateStore {
                         match reader.get(&[address.event(version)]).await {
                             Ok(found) => found.iter().flatten().for_each(|d| log.take(d, proof)),
                             Err(error) if is_damage(&error) => {
-                                log.unreadable(version, &error, proof)
+                                log.unreadable(version, &error, proof);
                             }
                             Err(error) => return Err(error),
                         }

@@ -14,8 +14,7 @@ pub(crate) async fn run(global: &Global, args: &Get) -> Outcome {
     let store = connect(global, false).await?;
     let record = match point {
         None => newest(&store, governor, state).await?,
-        Some(Point::Version(version)) => store.record_at_version(governor, state, version).await?,
-        Some(Point::Time(time)) => store.record_at_time(governor, state, time).await?,
+        Some(point) => store.record_at(governor, state, point).await?,
     };
     let snapshot = &record.snapshot;
     if args.raw {

@@ -1,23 +1,22 @@
 //! `history`: show the changes of a state, oldest first.
 
+use tai_state::PointInTime;
+
 use crate::args::{Global, History};
 use crate::failure::Outcome;
-use crate::output::{Rows, event_json, time};
+use crate::output::{Rows, event_json, short, time};
+use crate::point::Point;
 use crate::{address, connect};
-
-/// How much of the data a table shows.
-const SHOWN_CHARS: usize = 60;
 
 pub(crate) async fn run(global: &Global, args: &History) -> Outcome {
     let (governor, state) = address(&args.address)?;
-    let store = connect(global, false).await?;
-    let versions = match (args.from, args.to) {
-        (None, None) => store.history(governor, state, ..).await?,
-        (Some(from), None) => store.history(governor, state, from..).await?,
-        (None, Some(to)) => store.history(governor, state, ..=to).await?,
-        (Some(from), Some(to)) => store.history(governor, state, from..=to).await?,
+    let point = |text: &Option<String>, version: Option<u64>| match text {
+        Some(text) => Point::parse(text).map(|point| Some(PointInTime::from(point))),
+        None => Ok(version.map(PointInTime::Version)),
     };
-    let mut history = versions;
+    let (from, to) = (point(&args.since, args.from)?, point(&args.until, args.to)?);
+    let store = connect(global, false).await?;
+    let mut history = store.history_between(governor, state, from, to).await?;
     let mut rows = Rows::new(global.output, &["VERSION", "WHEN", "ACTION", "BY", "WHY", "DATA"]);
     loop {
         let page = history.next_page().await?;
@@ -25,10 +24,6 @@ pub(crate) async fn run(global: &Global, args: &History) -> Outcome {
             return rows.finish();
         }
         for event in &page {
-            let mut data = event.to_state.data.to_string();
-            if data.chars().count() > SHOWN_CHARS {
-                data = data.chars().take(SHOWN_CHARS).chain(['…']).collect();
-            }
             rows.push(
                 &event_json(event),
                 &[
@@ -37,7 +32,7 @@ pub(crate) async fn run(global: &Global, args: &History) -> Outcome {
                     event.action.clone(),
                     event.metadata.changed_by.clone(),
                     event.metadata.reason.clone(),
-                    data,
+                    short(&event.to_state.data),
                 ],
             )?;
         }

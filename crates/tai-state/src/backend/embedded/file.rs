@@ -113,6 +113,8 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
         ("journal_size_limit", "67108864"),
         ("cell_size_check", "ON"),
         ("trusted_schema", "OFF"),
+        // What is removed is overwritten: a purge must leave nothing to be found in the file.
+        ("secure_delete", "ON"),
         ("temp_store", "MEMORY"),
         ("cache_size", "-4096"),
     ] {
