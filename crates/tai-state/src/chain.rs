@@ -224,6 +224,19 @@ impl Change {
         }
     }
 
+    /// Its identity, its action, and the state that it made.
+    pub(crate) fn into_parts(self) -> (String, String, StateSnapshot) {
+        let state = StateSnapshot {
+            id: StateId::new(self.address.state.id()),
+            data: self.data,
+            version: self.version,
+            timestamp: self.timestamp,
+            metadata: self.metadata,
+            causality: self.causality,
+        };
+        (self.id, self.action, state)
+    }
+
     /// The event as users see it. `before` is the change before this one, if there was one.
     pub(crate) fn event(&self, before: Option<&Change>) -> Event {
         Event {

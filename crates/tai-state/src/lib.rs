@@ -14,6 +14,7 @@ mod feed;
 mod fence;
 #[cfg(feature = "firestore")]
 mod firestore_store;
+mod fold;
 mod grant;
 mod history;
 mod id;
@@ -65,12 +66,13 @@ pub use feed::{Feed, FeedPosition, GovernorFeed};
 pub use fence::{Fence, GLOBAL_GOVERNOR};
 #[cfg(feature = "firestore")]
 pub use firestore_store::{FirestoreBuilder, FirestoreStore};
+pub use fold::LoggedEvent;
 pub use history::{History, PointInTime};
 pub use id::{GovernorId, StateId};
 pub use keys::MAX_NAME_BYTES;
 pub use lock::{DistributedLock, LockRecord, LockStatus};
 pub use manager::{Completed, TransactionManager};
-pub use persister::{NewTransition, StateMachinePersister};
+pub use persister::{NewTransition, Replayed, StateMachinePersister};
 pub use purge::PurgeReport;
 pub use query::{FieldPath, Op, QueryCursor, QueryPage, StateQuery};
 pub use recovery::{HeadCondition, PassedOver, RecoveryBase, RecoveryReport};

@@ -11,6 +11,7 @@ use crate::conditions::Conditions;
 use crate::config::PersistenceConfig;
 use crate::error::Result;
 use crate::event::Event;
+use crate::fold::LoggedEvent;
 use crate::json::{MAX_DEPTH, depth_exceeds, refuse_deep, too_deep};
 use crate::keys::Address;
 use crate::records::Records;
@@ -41,6 +42,18 @@ pub struct StateMachinePersister {
     pub(crate) records: Arc<Records>,
     pub(crate) conditions: Conditions,
     pub(crate) config: PersistenceConfig,
+}
+
+/// What came out of a [replay](StateMachinePersister::replay).
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Replayed {
+    /// The state; `None` when it is deleted.
+    pub state: Option<StateSnapshot>,
+    /// How many events were folded.
+    pub events: u64,
+    /// The version of the first of them.
+    pub first_version: u64,
 }
 
 /// A transition with all that may be said of it; [`StateMachinePersister::append`] takes it.
@@ -222,6 +235,30 @@ impl StateMachinePersister {
             return Err(not_found(&address, String::new()));
         }
         Ok((change.snapshot(), self.config.auto_replay))
+    }
+
+    /// Folds the whole log of a state from where its history begins, and gives each event to `each`, the
+    /// oldest first: for a read model of one's own. Proves the chain as it goes; an error of `each` ends
+    /// it. At most [`PersistenceConfig::max_replay_batch_size`] events are in memory, twice.
+    ///
+    /// # Errors
+    /// [`Error::StateNotFound`](crate::Error::StateNotFound) when it never existed;
+    /// [`Error::Corrupt`](crate::Error::Corrupt) naming the first version that does not fit; what `each`
+    /// returns.
+    pub async fn replay(
+        &self,
+        governor: impl AsRef<str>,
+        state: impl AsRef<str>,
+        mut each: impl FnMut(LoggedEvent) -> Result<()> + Send,
+    ) -> Result<Replayed> {
+        let address = Address::new(governor.as_ref(), state.as_ref())?;
+        let known = self.records.head(&address).await?;
+        let head = known.ok_or_else(|| not_found(&address, String::new()))?;
+        let batch = self.config.max_replay_batch_size;
+        self.records.fold_all(&address, &head, batch.max(1), &mut each).await?;
+        let (newest, first) = (&head.head.change, head.head.first_version);
+        let (last, state) = (newest.version, (!newest.deleted).then(|| newest.snapshot()));
+        Ok(Replayed { state, events: last + 1 - first, first_version: first })
     }
 
     /// Establishes a state from its log as [`load_state`](StateMachinePersister::load_state) does,

@@ -1,51 +1,60 @@
 //! Folds a log into a state, and notices everything that a log must not be: a gap, a wrong order, a
 //! broken chain, time that goes backwards.
 
-use crate::chain::Change;
-use crate::error::{Error, Result};
+use chrono::{DateTime, Utc};
 
-/// A fold in progress. Feed it the changes of one state in ascending order.
-#[derive(Debug, Default)]
-pub(crate) struct Replay {
-    last: Option<Change>,
-    /// The first version to expect when there is no base.
+use crate::chain::{Change, Hash};
+use crate::error::{Error, Result};
+use crate::keys::Address;
+
+/// How far a log was proved: what the next event must follow from.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Link {
+    /// The version, the hash and the time of the last event.
+    last: Option<(u64, Hash, DateTime<Utc>)>,
+    /// The first version to expect when there is none yet.
     first: u64,
-    folded: u64,
 }
 
-impl Replay {
+impl Link {
     /// From the oldest kept event. Where that is not version 1, the chain is proved from there on.
-    pub(crate) fn from_first(first: u64) -> Self {
-        Self { last: None, first, folded: 0 }
+    pub(crate) fn first(first: u64) -> Self {
+        Self { last: None, first }
     }
 
-    /// From a saved snapshot, whose own hash must have been checked.
-    pub(crate) fn from_base(base: Change) -> Self {
-        Self { first: base.version, last: Some(base), folded: 0 }
+    /// After this change.
+    pub(crate) fn after(change: &Change) -> Self {
+        let last = (change.version, change.hash, change.timestamp);
+        Self { last: Some(last), first: change.version }
     }
 
     /// The version that must come next.
     pub(crate) fn next_version(&self) -> u64 {
-        self.last.as_ref().map_or(self.first, |change| change.version + 1)
+        self.last.map_or(self.first, |(version, _, _)| version + 1)
+    }
+
+    /// The hash of the last event.
+    pub(crate) fn hash(&self) -> Option<Hash> {
+        self.last.map(|(_, hash, _)| hash)
     }
 
     /// Takes the next change. Its own hash must have been checked (reading it does).
     ///
     /// # Errors
     /// [`Error::Corrupt`] naming the first version that does not fit.
-    pub(crate) fn push(&mut self, change: Change) -> Result<()> {
+    pub(crate) fn push(&mut self, address: &Address, change: &Change) -> Result<()> {
         let next = self.next_version();
         let wrong = |reason: String| {
-            Err(Error::corrupt(format!("the log of {} at v{next}", change.address), reason))
+            Err(Error::corrupt(format!("the log of {address} at v{next}"), reason))
         };
         if change.version != next {
             return wrong(format!("version {} stands there", change.version));
         }
-        match &self.last {
-            Some(last) if change.prev_hash != Some(last.hash) => {
+        match self.last {
+            Some((_, hash, _)) if change.prev_hash != Some(hash) => {
                 return wrong("it does not follow from the event before it".into());
             }
-            Some(last) if change.timestamp < last.timestamp => {
+            Some((_, _, time)) if change.timestamp < time => {
                 return wrong("its time is earlier than that of the event before it".into());
             }
             None if next == 1 && change.prev_hash.is_some() => {
@@ -56,6 +65,41 @@ impl Replay {
             }
             _ => {}
         }
+        *self = Self::after(change);
+        Ok(())
+    }
+}
+
+/// A fold in progress. Feed it the changes of one state in ascending order.
+#[derive(Debug, Default)]
+pub(crate) struct Replay {
+    link: Link,
+    last: Option<Change>,
+    folded: u64,
+}
+
+impl Replay {
+    /// From the oldest kept event.
+    pub(crate) fn from_first(first: u64) -> Self {
+        Self { link: Link::first(first), last: None, folded: 0 }
+    }
+
+    /// From a saved snapshot, whose own hash must have been checked.
+    pub(crate) fn from_base(base: Change) -> Self {
+        Self { link: Link::after(&base), last: Some(base), folded: 0 }
+    }
+
+    /// The version that must come next.
+    pub(crate) fn next_version(&self) -> u64 {
+        self.link.next_version()
+    }
+
+    /// Takes the next change, as [`Link::push`].
+    ///
+    /// # Errors
+    /// As [`Link::push`].
+    pub(crate) fn push(&mut self, change: Change) -> Result<()> {
+        self.link.push(&change.address, &change)?;
         self.folded += 1;
         self.last = Some(change);
         Ok(())

@@ -12,7 +12,7 @@ use crate::export::ContentHash;
 use crate::keys::{Address, Name};
 use crate::reader::known;
 use crate::records::KnownHead;
-use crate::replay::Replay;
+use crate::replay::Link;
 use crate::schema;
 use crate::store::StateStore;
 use crate::transition::{Head, PURGE_CONTEXT};
@@ -402,7 +402,7 @@ impl StateStore {
         let head = known.head.as_ref();
         let saved = self.saved(address, head, proof).await?;
         proof.leftovers += self.leftovers(address, head).await?;
-        let mut log = Log { address, head, saved: saved.into_iter().peekable(), replay: None };
+        let mut log = Log { address, head, saved: saved.into_iter().peekable(), link: None };
         let mut next = Some(head.first_version);
         while let Some(from) = next {
             let reader = self.records.reader();
@@ -502,12 +502,12 @@ struct Log<'a, Saved: Iterator<Item = Change>> {
     head: &'a Head,
     saved: std::iter::Peekable<Saved>,
     /// Nothing at the beginning.
-    replay: Option<Replay>,
+    link: Option<Link>,
 }
 
 impl<Saved: Iterator<Item = Change>> Log<'_, Saved> {
     fn next(&self) -> u64 {
-        self.replay.as_ref().map_or(self.head.first_version, Replay::next_version)
+        self.link.as_ref().map_or(self.head.first_version, Link::next_version)
     }
 
     fn place(&self) -> String {
@@ -518,7 +518,7 @@ impl<Saved: Iterator<Item = Change>> Log<'_, Saved> {
         let (place, reason) = (self.place(), error.to_string());
         proof.events += 1;
         proof.problem(Rule::Readable, place, Some(version), reason);
-        self.replay = Some(Replay::from_first(version + 1));
+        self.link = Some(Link::first(version + 1));
     }
 
     fn gap(&self, below: u64, proof: &mut Proof) {
@@ -544,7 +544,7 @@ impl<Saved: Iterator<Item = Change>> Log<'_, Saved> {
         if version > self.head.version() {
             // Written meanwhile, or the head is behind: then only where the log ends matters.
             if version == self.next() {
-                self.replay = Some(Replay::from_base(change));
+                self.link = Some(Link::after(&change));
             }
             return;
         }
@@ -577,20 +577,20 @@ impl<Saved: Iterator<Item = Change>> Log<'_, Saved> {
             proof.problem(Rule::HeadIsNewest, place, Some(version), "it is not what its log says");
         }
         let first = self.head.first_version;
-        let mut replay = self.replay.take().unwrap_or_else(|| Replay::from_first(first));
-        if replay.next_version() != version {
+        let mut link = self.link.take().unwrap_or_else(|| Link::first(first));
+        if link.next_version() != version {
             // The gap was told.
-            replay = Replay::from_first(version);
+            link = Link::first(version);
         }
-        if let Err(error) = replay.push(change.clone()) {
+        if let Err(error) = link.push(self.address, &change) {
             let reason = match error {
                 Error::Corrupt { reason, .. } => reason,
                 error => error.to_string(),
             };
             proof.problem(Rule::Chain, self.place(), Some(version), reason);
-            replay = Replay::from_base(change);
+            link = Link::after(&change);
         }
-        self.replay = Some(replay);
+        self.link = Some(link);
     }
 
     fn finish(&self, proof: &mut Proof) {
