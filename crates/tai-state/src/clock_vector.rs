@@ -117,6 +117,12 @@ impl VectorClockSnapshot {
         self.counts.iter().map(|(node, count)| (node.as_str(), *count))
     }
 
+    /// How many changes are known, of all nodes. What happened before has the smaller sum, so the order
+    /// of the sums never contradicts causality.
+    pub(crate) fn total(&self) -> u128 {
+        self.counts.values().map(|count| u128::from(*count)).sum()
+    }
+
     /// How many nodes are counted.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -164,39 +170,87 @@ mod tests {
         assert_eq!(read, clock(&[("b", 1)]));
     }
 
-    /// Random executions: each step a node makes a change, or learns what another knows and makes
-    /// one. The brute-force definition keeps the set of changes that each change knows.
+    /// Any of 64 nodes, few of them as a rule and with small counts, so that clocks meet often.
+    fn clocks() -> impl Strategy<Value = VectorClockSnapshot> {
+        let count = |nodes: usize, most| prop::collection::vec((0..nodes, 1..4u64), 0..=most);
+        let counts = prop_oneof![3 => count(3, 3), 1 => count(64, 64)];
+        counts.prop_map(|counts| {
+            let named = counts.into_iter().map(|(node, count)| (format!("n{node}"), count));
+            VectorClockSnapshot { counts: named.collect() }
+        })
+    }
+
+    fn merged(a: &VectorClockSnapshot, b: &VectorClockSnapshot) -> VectorClockSnapshot {
+        let mut merged = a.clone();
+        merged.merge(b);
+        merged
+    }
+
+    /// Random executions of 1 to 64 nodes: each step a node makes a change, or learns what another knows
+    /// and makes one.
     fn executions() -> impl Strategy<Value = Vec<(usize, Option<usize>)>> {
-        prop::collection::vec((0..6usize, prop::option::of(0..6usize)), 1..40)
+        prop_oneof![1..8usize, 1..=64usize].prop_flat_map(|nodes| {
+            prop::collection::vec((0..nodes, prop::option::of(0..nodes)), 1..=64)
+        })
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(10_000))]
+
+        /// The brute-force definition keeps the set of changes that each change knows, one bit for each.
         #[test]
-        fn agrees_with_the_sets_of_known_changes(steps in executions()) {
-            use std::collections::BTreeSet;
-            let mut nodes = vec![(VectorClockSnapshot::new(), BTreeSet::new()); 6];
+        fn agrees_with_the_sets_of_known_changes(
+            steps in executions(),
+            pairs in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 48),
+        ) {
+            let mut nodes = vec![(VectorClockSnapshot::new(), 0u64); 64];
             let mut changes = Vec::new();
             for (number, (node, from)) in steps.into_iter().enumerate() {
                 if let Some(from) = from {
                     let (clock, known) = nodes[from].clone();
                     nodes[node].0.merge(&clock);
-                    nodes[node].1.extend(known);
+                    nodes[node].1 |= known;
                 }
                 nodes[node].0.increment(&format!("n{node}"));
-                nodes[node].1.insert(number);
+                nodes[node].1 |= 1 << number;
                 changes.push(nodes[node].clone());
             }
-            for (clock_a, known_a) in &changes {
-                for (clock_b, known_b) in &changes {
-                    let expected = match (known_a.is_subset(known_b), known_b.is_subset(known_a)) {
-                        (true, true) => Causality::Equal,
-                        (true, false) => Causality::Before,
-                        (false, true) => Causality::After,
-                        (false, false) => Causality::Concurrent,
-                    };
-                    prop_assert_eq!(clock_a.compare(clock_b), expected);
-                }
+            // All neighbours, and some of the other pairs.
+            let drawn = pairs.iter().map(|(a, b)| (a.get(&changes), b.get(&changes)));
+            let neighbours = changes.iter().zip(changes.iter().skip(1));
+            for ((clock_a, known_a), (clock_b, known_b)) in drawn.chain(neighbours) {
+                let is_part = |a: u64, b: u64| a & b == a;
+                let expected = match (is_part(*known_a, *known_b), is_part(*known_b, *known_a)) {
+                    (true, true) => Causality::Equal,
+                    (true, false) => Causality::Before,
+                    (false, true) => Causality::After,
+                    (false, false) => Causality::Concurrent,
+                };
+                prop_assert_eq!(clock_a.compare(clock_b), expected);
+                let [before, concurrent] = [Causality::Before, Causality::Concurrent];
+                prop_assert_eq!(clock_a.happened_before(clock_b), expected == before);
+                prop_assert_eq!(clock_a.concurrent_with(clock_b), expected == concurrent);
             }
+        }
+
+        #[test]
+        fn laws_of_clocks(a in clocks(), b in clocks(), c in clocks()) {
+            prop_assert_eq!(merged(&a, &b), merged(&b, &a));
+            prop_assert_eq!(merged(&merged(&a, &b), &c), merged(&a, &merged(&b, &c)));
+            prop_assert_eq!(&merged(&a, &a), &a);
+            let mirrored = match a.compare(&b) {
+                Causality::Before => Causality::After,
+                Causality::After => Causality::Before,
+                same => same,
+            };
+            prop_assert_eq!(b.compare(&a), mirrored);
+            prop_assert_eq!(a.compare(&b) == Causality::Equal, a == b);
+            if a.happened_before(&b) {
+                prop_assert!(a.total() < b.total());
+                prop_assert!(!b.happened_before(&c) || a.happened_before(&c));
+            }
+            let both = merged(&a, &b);
+            prop_assert!(!a.concurrent_with(&both) && !both.happened_before(&a));
         }
     }
 }

@@ -46,6 +46,16 @@ pub enum Error {
         at: String,
     },
 
+    /// Two versions of a state were changed differently in the same fields, and the resolver does not
+    /// choose between them. Nothing was written. Decide by hand, or use a resolver that chooses.
+    #[error("{state} was changed differently on both sides in {}", some_of(fields))]
+    MergeConflict {
+        /// The state.
+        state: String,
+        /// The JSON pointers (RFC 6901) of the fields, sorted; `""` is the whole value.
+        fields: Vec<String>,
+    },
+
     /// The input was refused: an id, a value or an argument that no backend can keep.
     #[error("{subject} was refused: {reason}")]
     InvalidState {
@@ -255,6 +265,7 @@ impl Error {
         match self {
             Self::VersionConflict { .. } => "version_conflict",
             Self::StateNotFound { .. } => "state_not_found",
+            Self::MergeConflict { .. } => "merge_conflict",
             Self::InvalidState { .. } => "invalid_state",
             Self::SerializationError { .. } => "serialization_error",
             Self::Timeout { .. } => "timeout",
@@ -320,6 +331,9 @@ impl Error {
                 "wait longer, or look who holds it with `tai-state locks show`"
             }
             Self::LockLost { .. } => "acquire the lock anew and decide again",
+            Self::MergeConflict { .. } => {
+                "decide these fields by hand, or let FieldMergeResolver::or_last_write decide them"
+            }
             Self::StateNotFound { .. } => "list what exists with `tai-state ls`",
             Self::TooLarge { .. } => "keep large data elsewhere and store a reference to it",
             Self::Corrupt { .. } => {
@@ -355,6 +369,16 @@ impl Error {
 
     pub(crate) fn corrupt(location: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Corrupt { location: location.into(), reason: reason.into() }
+    }
+}
+
+/// The first few of many, each in quotes.
+fn some_of(fields: &[String]) -> String {
+    const SHOWN: usize = 5;
+    let shown: Vec<String> = fields.iter().take(SHOWN).map(|field| format!("{field:?}")).collect();
+    match fields.len().saturating_sub(SHOWN) {
+        0 => shown.join(", "),
+        more => format!("{} and {more} more", shown.join(", ")),
     }
 }
 

@@ -7,8 +7,10 @@ mod clock_vector;
 mod command;
 mod conditions;
 mod config;
+mod conflict;
 mod error;
 mod event;
+mod eventual;
 mod export;
 mod feed;
 mod fence;
@@ -59,8 +61,16 @@ pub use clock::{Clock, ManualClock, SystemClock};
 pub use clock_vector::{Causality, VectorClockSnapshot};
 pub use command::MAX_ANSWER_BYTES;
 pub use config::{PersistenceConfig, RetryPolicy, StoreOptions};
+pub use conflict::{
+    CausalityAwareResolver, ConflictResolver, FieldMergeResolver, HighestVersionResolver,
+    LastWriteWinsResolver, ResolveWith,
+};
 pub use error::{BoxError, Error, Result};
 pub use event::Event;
+pub use eventual::{
+    CONFLICT_CONTEXT, CONFLICT_LOST, CONFLICT_RESOLVED, ConsistencyStatistics, EventualConsistency,
+    Freshness, REPAIRED, Repair, RepairOutcome,
+};
 pub use export::{ExportSummary, TransitionLine};
 pub use feed::{Feed, FeedPosition, GovernorFeed};
 pub use fence::{Fence, GLOBAL_GOVERNOR};

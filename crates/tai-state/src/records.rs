@@ -189,6 +189,7 @@ impl Records {
         self.head_by(address, self.deadline()).await
     }
 
+    /// As [`head`](Records::head), by a deadline.
     pub(crate) async fn head_by(
         &self,
         address: &Address,
@@ -236,6 +237,16 @@ impl Records {
         policy: &PersistenceConfig,
     ) -> Result<Transition> {
         transition::plan(head, request, now, &self.node, policy)
+    }
+
+    /// As [`plan`](Records::plan), for a change that was counted elsewhere.
+    pub(crate) fn adopt(
+        &self,
+        head: Option<&Head>,
+        request: &Request,
+        policy: &PersistenceConfig,
+    ) -> Result<Transition> {
+        transition::adopt(head, request, self.options.clock.now(), &self.node, policy)
     }
 
     /// Carries out one request: stands in line with the other writers of the state here, plans it on
@@ -342,7 +353,7 @@ impl Records {
                                 return Ok(answer);
                             }
                             race.lost(planned_on);
-                            if is_fresh && race.failed >= STUCK_AFTER {
+                            if is_fresh && race.is_stuck() {
                                 return Err(Error::corrupt(
                                     format!("the log of {address}"),
                                     format!("it holds an event beyond the head: {error}"),
@@ -441,18 +452,23 @@ fn late(address: &Address, deadline: Deadline) -> Error {
 
 /// How often a change has lost against others.
 #[derive(Debug, Default)]
-struct Race {
-    races: u32,
+pub(crate) struct Race {
+    pub(crate) races: u32,
     /// On one and the same head: then nobody is faster, the log runs ahead of the head.
-    failed: u32,
+    pub(crate) failed: u32,
     lost_on: Option<Option<Revision>>,
 }
 
 impl Race {
-    fn lost(&mut self, on: Option<Revision>) {
+    pub(crate) fn lost(&mut self, on: Option<Revision>) {
         self.races += 1;
         self.failed = if self.lost_on == Some(on) { self.failed + 1 } else { 1 };
         self.lost_on = Some(on);
+    }
+
+    /// Whether a head that is read anew each time is not behind but wrong.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.failed >= STUCK_AFTER
     }
 }
 

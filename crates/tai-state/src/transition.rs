@@ -119,6 +119,33 @@ pub(crate) fn plan(
     node: &str,
     policy: &PersistenceConfig,
 ) -> Result<Transition> {
+    plan_counted(head, request, now, node, policy, false)
+}
+
+/// As [`plan`], for a change that was made and counted elsewhere: it brings its clock with it and is not
+/// counted once more, so that two stores that tell one another of a change come to rest. One that brings
+/// nothing new is counted, since the newest version must know more than the one before it.
+///
+/// # Errors
+/// As [`plan`].
+pub(crate) fn adopt(
+    head: Option<&Head>,
+    request: &Request,
+    now: DateTime<Utc>,
+    node: &str,
+    policy: &PersistenceConfig,
+) -> Result<Transition> {
+    plan_counted(head, request, now, node, policy, true)
+}
+
+fn plan_counted(
+    head: Option<&Head>,
+    request: &Request,
+    now: DateTime<Utc>,
+    node: &str,
+    policy: &PersistenceConfig,
+    is_counted_elsewhere: bool,
+) -> Result<Transition> {
     check_input(request)?;
     check_expectation(head, request)?;
 
@@ -146,13 +173,16 @@ pub(crate) fn plan(
     if let Some(change) = before {
         causality.merge(&change.causality);
     }
-    if causality.get(node) >= MAX_COUNTER {
-        return Err(Error::refused(
-            request.address.to_string(),
-            format!("the vector clock of node {node:?} is used up"),
-        ));
+    let known = before.map(|change| &change.causality);
+    if !is_counted_elsewhere || known.map_or(causality.is_empty(), |known| *known == causality) {
+        if causality.get(node) >= MAX_COUNTER {
+            return Err(Error::refused(
+                request.address.to_string(),
+                format!("the vector clock of node {node:?} is used up"),
+            ));
+        }
+        causality.increment(node);
     }
-    causality.increment(node);
     check_clock(&causality, &request.address)?;
 
     let mut metadata = request.metadata.clone();
@@ -437,6 +467,27 @@ pub(crate) mod tests {
         let clock = &second.head.change.causality;
         assert_eq!((clock.get("a"), clock.get("b"), clock.get("elsewhere")), (1, 1, 1));
         assert!(first.head.change.causality.happened_before(clock));
+    }
+
+    #[test]
+    fn what_was_counted_elsewhere_is_not_counted_again() {
+        let policy = PersistenceConfig::default();
+        let adopt = |head, request: &Request| {
+            let step = adopt(head, request, time(0), "here", &policy).unwrap();
+            (step.head.change.causality.clone(), step)
+        };
+        let mut brought = request(put(1), Expect::Any);
+        let (counted, _) = adopt(None, &brought);
+        assert_eq!(counted.get("here"), 1, "a version that knows of nothing");
+        brought.based_on.increment("there");
+        let (first, step) = adopt(None, &brought);
+        assert_eq!((first, step.head.version()), (brought.based_on.clone(), 1));
+        step.head.change.check("change").unwrap();
+        let (again, _) = adopt(Some(&step.head), &brought);
+        assert_eq!((again.get("there"), again.get("here")), (1, 1));
+        brought.based_on.increment("there");
+        let (second, step) = adopt(Some(&step.head), &brought);
+        assert_eq!((second, step.head.version()), (brought.based_on, 2));
     }
 
     #[test]

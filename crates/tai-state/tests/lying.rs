@@ -196,7 +196,7 @@ async fn ask(backend: &Arc<dyn Backend>, truth: &Truth, hit: &[Key], what: &str)
                     assert!(!is_there || head_is_gone, "{context}");
                 }
                 Err(Error::HistoryTrimmed { .. }) => {
-                    assert!(!kept.contains_key(&version), "{context}")
+                    assert!(!kept.contains_key(&version), "{context}");
                 }
                 Err(Error::Corrupt { .. } | Error::NewerFormat { .. }) => {}
                 Err(error) => panic!("{context}: {error} ({})", error.code()),

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub(crate) mod copies;
+
 use serde_json::{Value, json};
 use tai_state::{ChangeMetadata, FirestoreStore, StateId, StateSnapshot, StateStore, StoreOptions};
 
