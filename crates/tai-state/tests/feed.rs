@@ -13,8 +13,11 @@ use std::time::Duration;
 use common::{Make, Random, counter, open, snapshot, why};
 use serde_json::{Value, json};
 use tai_state::backend::memory::MemoryBackend;
-use tai_state::backend::{Backend, Body, Key, Kind, Name, Precondition, Read, Write};
-use tai_state::{Event, FeedPosition, GovernorFeed, StateStore, StoreOptions, TransactionManager};
+use tai_state::backend::{Backend, Key, Kind, Name, Precondition, Write};
+use tai_state::{
+    CleanupOptions, Event, FeedPosition, GovernorFeed, StateMachinePersister, StateStore,
+    StoreOptions, TransactionManager,
+};
 
 on_every_backend![
     all_that_several_writers_do_arrives_in_order,
@@ -440,19 +443,14 @@ async fn a_feed_keeps_its_store_open_and_lets_it_go() {
     assert_eq!(names, ["a.tai"]);
 }
 
-/// Cleans up the events before a version, as far as the documents are concerned.
+/// Cleans up the events before a version, by another handle.
 async fn trim(backend: &Arc<MemoryBackend>, first_version: u64) {
-    let name = |id| Name::escape(id, "id").unwrap();
-    let key = |kind, version| Key { governor: name("g"), kind, name: name("s"), version };
-    let head = backend.get(&[key(Kind::States, 0)]).await.unwrap().pop().flatten().unwrap();
-    let mut body: Value = head.body.parse().unwrap();
-    body["first_version"] = json!(first_version);
-    let body = Body::new(&body).unwrap();
-    let mut writes: Vec<Write> = (1..first_version)
-        .map(|version| Write::delete(key(Kind::Events, version), Precondition::Any))
-        .collect();
-    writes.push(Write::put(key(Kind::States, 0), body, Precondition::Any));
-    backend.commit(writes).await.unwrap();
+    let store = StateStore::with_backend(backend.clone(), StoreOptions::default());
+    let newest = store.get_state("g", "s").await.unwrap().1;
+    let options =
+        CleanupOptions::older_than(Duration::ZERO).keep_versions(newest - first_version + 1);
+    let persister = StateMachinePersister::with_defaults(store);
+    persister.cleanup("g", &options, |_| {}).await.unwrap();
 }
 
 /// What was cleaned up is said, with the version from which the history is kept; from there the feed

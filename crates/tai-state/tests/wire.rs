@@ -13,8 +13,8 @@ use serde_json::json;
 use tai_state::testing::emulator::{Emulator, fresh_project};
 use tai_state::testing::proxy::{Code, Fault, Proxy, Rule, Usage, When};
 use tai_state::{
-    Error, FirestoreStore, PersistenceConfig, StateMachinePersister, StateStore, StoreOptions,
-    TransactionManager,
+    Error, FirestoreStore, NewTransition, PersistenceConfig, StateMachinePersister, StateStore,
+    StoreOptions, TransactionManager,
 };
 
 /// A store behind a proxy, and one that speaks to the emulator itself.
@@ -116,7 +116,7 @@ async fn round_trips_and_billed_documents() {
 
     persister.load_state("g", "m").await.unwrap();
     // The head; then the saved snapshot and what follows it, at the same time.
-    wire.assert_used("load_state", &[(GET, 3)], (3, 0, 0));
+    wire.assert_used("load_state", &[(GET, 2), (QUERY, 1)], (3, 0, 0));
 
     let (then, at) = (seventh.timestamp, seventh.version);
     fresh.state_at_version("g", "m", 4).await.unwrap();
@@ -143,6 +143,34 @@ async fn round_trips_and_billed_documents() {
         .unwrap();
     // Four read, three written: six writes and one check.
     wire.assert_used("a transaction", &[(GET, 1), (COMMIT, 1)], (4, 7, 0));
+}
+
+/// Recovery costs the same whatever the length of the log: three round trips, two of them at once, and
+/// as many documents as stand behind the newest saved snapshot.
+#[tokio::test(flavor = "multi_thread")]
+async fn loading_does_not_grow_with_the_log() {
+    let Some(wire) = Wire::new().await else { return };
+    let persister = StateMachinePersister::with_defaults(wire.direct.clone());
+    let mut length = 0;
+    for wanted in [130u64, 1_030] {
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in length..wanted {
+            let persister = persister.clone();
+            tasks.spawn(async move {
+                let change = NewTransition::to("g", "long", "step", json!(1), why());
+                persister.append(change).await.unwrap();
+            });
+        }
+        while let Some(done) = tasks.join_next().await {
+            done.unwrap();
+        }
+        length = wanted;
+        let cold = StateMachinePersister::with_defaults(wire.store(StoreOptions::default()).await);
+        wire.used();
+        let (state, was_recovery) = cold.load_state("g", "long").await.unwrap();
+        assert!(was_recovery && state.version == wanted);
+        wire.assert_used("load_state", &[(GET, 2), (QUERY, 1)], (32, 0, 0));
+    }
 }
 
 fn impatient() -> StoreOptions {
