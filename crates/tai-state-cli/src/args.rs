@@ -76,7 +76,8 @@ pub(crate) enum Command {
     /// The given timestamps are kept as the transitions' own (never earlier than the version before).
     /// It may be run again, also after a kill: each line has an identity made of what it says and of how
     /// many equal lines stood before it in the input; the event carries it, and a line whose event is in
-    /// the state's log already is passed over. Two equal lines are two transitions.
+    /// the state's log already is passed over. Two equal lines are two transitions. A state may begin with a
+    /// deletion (not with --strict): a log that was shortened can.
     Import(Import),
     /// Write the whole log as JSON Lines, in canonical order.
     Export(Export),

@@ -134,6 +134,7 @@ impl From<Error> for Failure {
             "state_not_found" | "history_trimmed" => exit::NOT_FOUND,
             "version_conflict" | "transaction_failed" | "lock_held" | "lock_lost" => exit::CONFLICT,
             "invalid_state"
+            | "merge_conflict"
             | "serialization_error"
             | "too_large"
             | "not_a_store"

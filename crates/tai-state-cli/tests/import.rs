@@ -220,7 +220,11 @@ fn deletions_go_through(engine: Engine) {
     assert_eq!(copy.run(&["export"]).ok().out, exported);
     assert_eq!(copy.json(&["get", "g/a"]).ok().json()["version"], 3);
     let nothing = json!({"governor_id": "g", "state_id": "z", "action": "delete", "timestamp": "2026-01-01T00:00:00Z", "actor": "x", "data": null, "deleted": true});
-    let ran = copy.feed(&["-o", "json", "import", "-"], nothing.to_string().as_bytes());
+    // A log may begin so, whose beginning was cleaned up; but what is deleted is not deleted again.
+    copy.feed(&["import", "-"], nothing.to_string().as_bytes()).ok();
+    assert_eq!(copy.run(&["get", "g/z"]).exit, 3);
+    let again = nothing.to_string().replace("00:00:00", "00:00:01");
+    let ran = copy.feed(&["-o", "json", "import", "-"], again.as_bytes());
     assert_eq!((ran.exit, &ran.error()["line"]), (3, &json!(1)), "{ran:?}");
 }
 

@@ -58,6 +58,7 @@ fn the_words_of_the_domain_know_no_backend_and_do_not_wait() {
         "chain.rs",
         "json.rs",
         "transition.rs",
+        "trim.rs",
         "replay.rs",
         "error.rs",
         "config.rs",
