@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
-use std::path::Path;
+mod common;
+
 use std::process::Command;
 
 use tai_state::testing::emulator::{Emulator, fresh_project};
@@ -20,17 +21,10 @@ async fn the_example_runs_as_the_readme_says() {
     assert!(readme.contains(&shown), "the README shows something else than the example");
 
     let Some(emulator) = Emulator::shared().await else { return };
-    // Cargo builds the examples of a package with its tests, but not with this one alone.
-    let test = std::env::current_exe().unwrap();
-    let binary: &Path = &test.parent().unwrap().parent().unwrap().join("examples/firestore");
-    if !binary.exists() {
-        let build =
-            ["build", "--quiet", "--all-features", "-p", "tai-state", "--example", "firestore"];
-        assert!(Command::new(env!("CARGO")).args(build).status().unwrap().success());
-    }
+    let program = common::built_example("firestore");
     let project = fresh_project();
     for (first, second) in [(1, 2), (3, 4)] {
-        let ran = Command::new(binary)
+        let ran = Command::new(&program)
             .arg(&project)
             .env("FIRESTORE_EMULATOR_HOST", emulator.address())
             .output()

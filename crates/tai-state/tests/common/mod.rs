@@ -107,6 +107,27 @@ pub(crate) async fn on_emulator(address: &str, options: StoreOptions) -> StateSt
     builder.connect().await.unwrap().into()
 }
 
+/// The program of an example.
+pub(crate) fn built_example(name: &str) -> std::path::PathBuf {
+    // Cargo builds the examples of a package with its tests, but not with one of them alone.
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _one = ONE_AT_A_TIME.lock().unwrap();
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().unwrap().parent().unwrap();
+    let program = profile.join("examples").join(name);
+    let source = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(name);
+    let written = |path: &std::path::Path| path.metadata().and_then(|file| file.modified()).ok();
+    if written(&program) < written(&source.with_extension("rs")) {
+        let mut build = std::process::Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--all-features", "-p", "tai-state", "--example", name]);
+        if profile.ends_with("release") {
+            build.arg("--release");
+        }
+        assert!(build.status().unwrap().success());
+    }
+    program
+}
+
 /// Makes a store on the backend under test.
 pub(crate) type Make<'a> = &'a mut (dyn FnMut(StoreOptions) -> StateStore + Send);
 
