@@ -198,7 +198,9 @@ impl StateStore {
     async fn nothing_until(&self, address: &Address, time: &DateTime<Utc>) -> Error {
         let at = format!(" at {}", format_time(time));
         match self.records.head(address).await {
-            Ok(Some(head)) if head.head.first_version > 1 => trimmed(address, &head, &at),
+            Ok(Some(head)) if head.head.first_version > 1 => {
+                trimmed(address, &head, at.trim_start())
+            }
             Ok(_) => not_found(address, at),
             Err(error) => error,
         }
@@ -222,7 +224,7 @@ impl StateStore {
         match self.newest_until(&address, &head, time).await? {
             Some(change) if change.deleted => Err(deleted_then(&address, &at)),
             Some(change) => Ok(StateRecord::new(&change, first)),
-            None if first > 1 => Err(trimmed(&address, &head, &at)),
+            None if first > 1 => Err(trimmed(&address, &head, at.trim_start())),
             None => Err(not_found(&address, at)),
         }
     }

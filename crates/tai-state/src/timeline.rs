@@ -21,16 +21,18 @@ const AT_ONCE: usize = 16;
 /// Events that are read ahead, of all states together and of one of them.
 const READ_AHEAD: usize = 4_096;
 
-/// All states of a governor at one time, page by page.
+/// All states of a governor at one time, page by page or one by one.
 #[derive(Debug)]
 pub struct ConsistentCut {
     store: StateStore,
     governor: Name,
     time: DateTime<Utc>,
     after: Option<Option<Name>>,
+    /// What was read and not given out yet.
+    ready: VecDeque<StateRecord>,
 }
 
-/// All events of a governor in the order of their times, page by page.
+/// All events of a governor in the order of their times, page by page or one by one.
 #[derive(Debug)]
 pub struct Timeline {
     store: StateStore,
@@ -40,6 +42,8 @@ pub struct Timeline {
     ahead: usize,
     /// What was taken and not given out yet: a call that is given up or fails loses nothing.
     ready: Vec<Event>,
+    /// A page that is given out one by one.
+    given: VecDeque<Event>,
 }
 
 /// What is still to come of one state.
@@ -72,7 +76,13 @@ impl StateStore {
             let subject = format!("the states of {governor} at {}", format_time(&time));
             return Err(Error::refused(subject, "that time has not come yet"));
         }
-        Ok(ConsistentCut { store: self.clone(), governor, time, after: Some(None) })
+        Ok(ConsistentCut {
+            store: self.clone(),
+            governor,
+            time,
+            after: Some(None),
+            ready: VecDeque::new(),
+        })
     }
 
     /// All events of a governor's states in the order of their times, from one time to another, both
@@ -114,6 +124,7 @@ impl StateStore {
             next: BinaryHeap::new(),
             ahead,
             ready: Vec::new(),
+            given: VecDeque::new(),
         };
         timeline.begin().await?;
         Ok(timeline)
@@ -186,6 +197,9 @@ impl ConsistentCut {
     /// # Errors
     /// [`Error::HistoryTrimmed`] when what is kept of one of them begins later; what reading meets.
     pub async fn next_page(&mut self) -> Result<Vec<StateRecord>> {
+        if !self.ready.is_empty() {
+            return Ok(std::mem::take(&mut self.ready).into());
+        }
         while let Some(from) = self.after.clone() {
             let reader = self.store.records.reader();
             let (page, next) = reader.states(&self.governor, from, PAGE).await?;
@@ -204,6 +218,19 @@ impl ConsistentCut {
             }
         }
         Ok(Vec::new())
+    }
+}
+
+impl ConsistentCut {
+    /// The next state that existed then; `None` at the end.
+    ///
+    /// # Errors
+    /// As [`next_page`](ConsistentCut::next_page).
+    pub async fn next(&mut self) -> Result<Option<StateRecord>> {
+        if self.ready.is_empty() {
+            self.ready = self.next_page().await?.into();
+        }
+        Ok(self.ready.pop_front())
     }
 }
 
@@ -252,11 +279,25 @@ impl Timeline {
         }
     }
 
+    /// The next event, the oldest first; `None` at the end.
+    ///
+    /// # Errors
+    /// As [`next_page`](Timeline::next_page).
+    pub async fn next(&mut self) -> Result<Option<Event>> {
+        if self.given.is_empty() {
+            self.given = self.next_page().await?.into();
+        }
+        Ok(self.given.pop_front())
+    }
+
     /// The next events, the oldest first; empty at the end.
     ///
     /// # Errors
     /// What reading meets; [`Error::Corrupt`] for a gap.
     pub async fn next_page(&mut self) -> Result<Vec<Event>> {
+        if !self.given.is_empty() {
+            return Ok(std::mem::take(&mut self.given).into());
+        }
         while self.ready.len() < PAGE {
             let Some(Reverse((_, _, index))) = self.next.peek() else { break };
             let index = *index;

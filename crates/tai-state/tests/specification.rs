@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{counter, options, proved, why};
+use common::{counter, proved, why};
 use serde_json::json;
 use tai_state::{
     ChangeMetadata, Error, EventualConsistency, LastWriteWinsResolver, Result, StateId,
@@ -183,11 +183,8 @@ mod firestore {
         Some((Emulator::shared().await?.address(), fresh_project()))
     }
 
-    /// Every Firestore database counts its changes as `hub`, unless it is told otherwise: two replicas need
-    /// names of their own.
     async fn open((emulator, project): &(&str, String)) -> Result<FirestoreStore> {
-        let named = options(|options| options.node = Some(project.clone()));
-        FirestoreStore::builder(project).emulator(*emulator).options(named).connect().await
+        FirestoreStore::builder(project).emulator(*emulator).connect().await
     }
 
     as_written!();

@@ -60,8 +60,17 @@ const EMULATOR_TAKES: u64 = 4 << 20;
 const MOST_WRITES: usize = 500;
 /// Up to how many bytes an event repeats the state before it.
 const REPEAT_BEFORE: usize = 256 << 10;
-/// The node that changes are counted under, so that clocks do not grow with processes.
-const NODE: &str = "hub";
+/// The node that changes are counted under: one for the whole database, so that clocks do not grow with
+/// processes, and another for each database, so that none is taken for another.
+fn node(store: &str, incarnation: u64) -> String {
+    // Short, since it stands in every clock.
+    let (_, own) = store.rsplit_once('-').unwrap_or_default();
+    match incarnation {
+        1 => format!("hub-{own}"),
+        again => format!("hub-{own}.{again}"),
+    }
+}
+
 /// How long finding credentials may take: where there are none, a metadata server is waited for.
 const CREDENTIALS_WITHIN: Duration = Duration::from_secs(4);
 /// How long looking for the store may take. The first call of all that an emulator gets loads its
@@ -155,8 +164,8 @@ impl FirestoreBackend {
         } else {
             tracing::info!(location, store = meta.store, "opened a store on Firestore");
         }
-        let identity =
-            Identity { store: meta.store, incarnation: meta.incarnation, node: NODE.into() };
+        let node = node(&meta.store, meta.incarnation);
+        let identity = Identity { store: meta.store, incarnation: meta.incarnation, node };
         let reader = Reader::new(Arc::clone(&line));
         Ok(Self { line, reader, identity, location, is_emulator })
     }
