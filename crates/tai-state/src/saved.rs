@@ -43,7 +43,7 @@ impl StateMachinePersister {
     /// The saved snapshots of a state that are kept, the oldest first.
     ///
     /// # Errors
-    /// [`Error::StateNotFound`]; what reading meets.
+    /// [`Error::StateNotFound`](crate::Error::StateNotFound); what reading meets.
     pub async fn saved_snapshots(
         &self,
         governor: impl AsRef<str>,
@@ -79,7 +79,7 @@ impl StateMachinePersister {
     /// Saves a snapshot of the newest version now, whatever the interval says; returns that version.
     ///
     /// # Errors
-    /// [`Error::StateNotFound`] for a state that does not exist; what reading and writing meet.
+    /// [`Error::StateNotFound`](crate::Error::StateNotFound) for a state that does not exist; what reading and writing meet.
     pub async fn save_snapshot(
         &self,
         governor: impl AsRef<str>,
@@ -100,7 +100,7 @@ impl StateMachinePersister {
     /// its history begins. No event is removed.
     ///
     /// # Errors
-    /// [`Error::StateNotFound`]; what reading and writing meet.
+    /// [`Error::StateNotFound`](crate::Error::StateNotFound); what reading and writing meet.
     pub async fn prune_snapshots(
         &self,
         governor: impl AsRef<str>,
