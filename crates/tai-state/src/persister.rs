@@ -163,7 +163,7 @@ impl StateMachinePersister {
     /// = the newest data must equal its data. The state's name is `to.id`, its version is assigned.
     ///
     /// # Errors
-    /// [`Error::VersionConflict`] when the state is not at `from`; nothing is written then.
+    /// [`Error::VersionConflict`](crate::Error::VersionConflict) when the state is not at `from`; nothing is written then.
     pub async fn log_transition(
         &self,
         governor: impl AsRef<str>,
@@ -180,7 +180,7 @@ impl StateMachinePersister {
     ///
     /// # Errors
     /// As [`log_transition`](StateMachinePersister::log_transition);
-    /// [`Error::StateNotFound`] for the deletion of nothing.
+    /// [`Error::StateNotFound`](crate::Error::StateNotFound) for the deletion of nothing.
     pub async fn append(&self, transition: NewTransition) -> Result<Event> {
         let NewTransition { governor, state, mut request } = transition;
         let data = match &mut request.wish {
@@ -216,7 +216,7 @@ impl StateMachinePersister {
     /// returned as it is. [`recover`](StateMachinePersister::recover) says what was found.
     ///
     /// # Errors
-    /// [`Error::StateNotFound`]; [`Error::Corrupt`] when log and head say different things of one
+    /// [`Error::StateNotFound`](crate::Error::StateNotFound); [`Error::Corrupt`](crate::Error::Corrupt) when log and head say different things of one
     /// version, or the log has a gap.
     pub async fn load_state(
         &self,
