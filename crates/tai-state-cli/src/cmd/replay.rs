@@ -3,6 +3,7 @@
 use serde_json::json;
 use tai_state::{ConsistencyReport, PointInTime, StateStore};
 
+use super::verify::findings;
 use crate::args::{Global, Replay};
 use crate::failure::{Failure, Outcome, exit};
 use crate::output::{self, event_json, pretty};
@@ -43,20 +44,9 @@ pub(crate) async fn run(global: &Global, args: &Replay) -> Outcome {
 
 /// Shows what a proof found; an error when something does not hold.
 pub(crate) fn say(global: &Global, store: &StateStore, report: &ConsistencyReport) -> Outcome {
-    let mut text = format!(
-        "{} states, {} events, {} saved snapshots",
-        report.states, report.events, report.snapshots
-    );
-    if report.leftovers > 0 {
-        text.push_str(&format!(
-            "\n{} events were given up and still stand: the next clean-up removes them",
-            report.leftovers
-        ));
-    }
-    for problem in &report.problems {
-        text.push_str(&format!("\nproblem: {problem}"));
-    }
-    text.push_str(if report.ok { "\nok" } else { "\nNOT ok" });
+    let counts = [report.states, report.events, report.snapshots];
+    let problems: Vec<String> = report.problems.iter().map(ToString::to_string).collect();
+    let text = findings(counts, report.leftovers, &problems);
     output::object(global.output, &json!(report), &text)?;
     if report.ok {
         return Ok(());

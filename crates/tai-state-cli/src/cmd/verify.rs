@@ -15,20 +15,9 @@ pub(crate) async fn run(global: &Global, store: &StateStore, args: &Verify) -> O
     let bar = output::progress(global, "verifying", total);
     let report = store.verify(|events| bar.set_position(events)).await?;
     bar.finish_and_clear();
-    let mut text = format!(
-        "{} states, {} events, {} saved snapshots\ncontent hash {}",
-        report.states, report.events, report.snapshots, report.content_hash
-    );
-    if report.leftovers > 0 {
-        text.push_str(&format!(
-            "\n{} events were given up and still stand: the next clean-up removes them",
-            report.leftovers
-        ));
-    }
-    for problem in &report.problems {
-        text.push_str(&format!("\nproblem: {problem}"));
-    }
-    text.push_str(if report.ok { "\nok" } else { "\nNOT ok" });
+    let counts = [report.states, report.events, report.snapshots];
+    let hash = format!("content hash {}\n", report.content_hash);
+    let text = hash + &findings(counts, report.leftovers, &report.problems);
     output::object(global.output, &json!(report), &text)?;
     if report.ok {
         return Ok(());
@@ -36,4 +25,20 @@ pub(crate) async fn run(global: &Global, store: &StateStore, args: &Verify) -> O
     let message = format!("{} problems in {}", report.problems.len(), store.location());
     Err(Failure::new(exit::INTEGRITY, "corrupt", message)
         .hint("`tai-state recover` makes heads and saved snapshots anew from the log; for the log itself there are backups and exports"))
+}
+
+/// What a proof found, for people.
+pub(crate) fn findings(counts: [u64; 3], leftovers: u64, problems: &[String]) -> String {
+    let [states, events, snapshots] = counts;
+    let mut text = format!("{states} states, {events} events, {snapshots} saved snapshots");
+    if leftovers > 0 {
+        text.push_str(&format!(
+            "\n{leftovers} events were given up and still stand: the next clean-up removes them"
+        ));
+    }
+    for problem in problems {
+        text.push_str(&format!("\nproblem: {problem}"));
+    }
+    text.push_str(if problems.is_empty() { "\nok" } else { "\nNOT ok" });
+    text
 }
