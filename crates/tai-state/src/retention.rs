@@ -91,7 +91,8 @@ pub struct CleanupReport {
     pub states: u64,
     /// States of which something was removed.
     pub states_trimmed: u64,
-    /// Events that were removed.
+    /// Events that were removed, as far as it is known that this run did it: what a commit has removed that
+    /// was delivered twice may look like another run's.
     pub events: u64,
     /// Saved snapshots that were removed.
     pub snapshots: u64,
