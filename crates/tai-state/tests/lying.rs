@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use common::{Random, every_backend, snapshot, why};
 use serde_json::{Value, json};
+use tai_state::backend::memory::MemoryBackend;
 use tai_state::backend::{Backend, Body, Document, Key, Kind, Name, Precondition, Write};
 use tai_state::{
     CleanupOptions, Error, HeadCondition, PersistenceConfig, RecoveryBase, StateMachinePersister,
@@ -301,6 +302,19 @@ async fn each_source_falls_back_to_the_next() {
         assert_eq!((report.base, passed), (RecoveryBase::FirstEvent(1), vec![40, 30, 20]));
         assert_eq!(report.events_replayed, 47);
         assert_eq!(recover().await.base, RecoveryBase::SavedSnapshot(40));
+
+        // One that is sound in itself, of a log that went another way.
+        let elsewhere: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
+        let (other, _) = fresh(&elsewhere);
+        for n in 1..=47 {
+            other.save_state("g", "s", snapshot("s", json!({ "other": n })), why()).await.unwrap();
+        }
+        let right = read(&backend, &saved(40)).await;
+        let lie = read(&elsewhere, &saved(40)).await;
+        assert!(put(&backend, &saved(40), lie.body.as_text()).await);
+        let report = recover().await;
+        assert_eq!((report.base, report.passed_over.len()), (RecoveryBase::SavedSnapshot(30), 1));
+        assert_eq!(read(&backend, &saved(40)).await.body, right.body, "{name}");
 
         // Heads: missing, damaged, an old one.
         let place = key(Kind::States, "s", 0);

@@ -137,6 +137,35 @@ async fn racing_recoveries_lose_nothing() {
     }
 }
 
+/// Who was slow to put a head back finds that another did, and that it was written since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_recovery_overwrites_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, backend) in every_backend(folder.path()).await {
+        fill(&backend, "s", 12).await;
+        let escaped = |id: &str| Name::escape(id, "id").unwrap();
+        let key =
+            Key { governor: escaped("g"), kind: Kind::States, name: escaped("s"), version: 0 };
+        backend.commit(vec![Write::delete(key, Precondition::Any)]).await.unwrap();
+        let slow = FaultyBackend::new(Arc::clone(&backend), []);
+        slow.hold();
+        let late = on(Arc::new(slow.clone()));
+        let late = tokio::spawn(async move { late.recover("g", "s").await.unwrap() });
+        while slow.commits() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let other = on(Arc::clone(&backend));
+        let (state, _) = other.load_state("g", "s").await.unwrap();
+        let next = snapshot("s", json!("next"));
+        other.log_transition("g", Some(&state), &next, "next", why()).await.unwrap();
+        slow.let_go();
+        let (state, report) = late.await.unwrap();
+        assert_eq!((state.unwrap().version, report.repaired), (13, false), "{name}");
+        assert_eq!(other.load_state("g", "s").await.unwrap().0.version, 13, "{name}");
+        proved(&backend).await;
+    }
+}
+
 /// The holder of a lock cleans up while its lease is renewed; who has lost it removes nothing more.
 #[tokio::test(flavor = "multi_thread")]
 async fn fences_hold_for_clean_ups() {
