@@ -205,12 +205,22 @@ impl StateStore {
         while let Some(page) = walk.next_page().await? {
             for (address, head) in page {
                 states += 1;
-                let mut history = self.history_of(address, &head);
+                let mut history = self.history_of(address.clone(), &head);
+                let mut is_begun = false;
                 loop {
-                    let changes = history.next_changes().await?;
+                    let changes = match history.next_changes().await {
+                        // Cleaned up since its head was read: what is kept of it is the whole of it now.
+                        Err(error @ Error::HistoryTrimmed { .. }) if !is_begun => {
+                            let newest = self.records.head(&address).await?;
+                            history = self.history_of(address.clone(), &newest.ok_or(error)?);
+                            continue;
+                        }
+                        changes => changes?,
+                    };
                     if changes.is_empty() {
                         break;
                     }
+                    is_begun = true;
                     for change in &changes {
                         out.write_all(content.push(change)).map_err(|error| Error::Storage {
                             location: "the export's output".into(),

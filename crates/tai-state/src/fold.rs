@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::backend::{Document, Kind};
 use crate::chain::{Change, Hash};
 use crate::error::{Error, Result};
+use crate::history::trimmed;
 use crate::keys::Address;
 use crate::records::{KnownHead, Records};
 use crate::replay::Link;
@@ -38,7 +39,7 @@ impl From<Change> for LoggedEvent {
 }
 
 impl Records {
-    /// Gives every event up to the head's to `each`, proved; returns the last.
+    /// Gives every event up to the head's to `each`, proved.
     pub(crate) async fn fold_all(
         self: &Arc<Self>,
         address: &Address,
@@ -46,8 +47,30 @@ impl Records {
         batch: usize,
         each: &mut (dyn FnMut(LoggedEvent) -> Result<()> + Send),
     ) -> Result<()> {
+        let mut link = Link::first(known.head.first_version);
+        let folded = self.fold_kept(address, known, batch, &mut link, each).await;
+        if matches!(folded, Err(Error::Corrupt { .. })) {
+            // What is missing may have been cleaned up since the head was read.
+            let next = link.next_version();
+            match self.head(address).await? {
+                Some(newer) if newer.head.first_version > next => {
+                    return Err(trimmed(address, &newer, &format!("v{next}")));
+                }
+                _ => {}
+            }
+        }
+        folded
+    }
+
+    async fn fold_kept(
+        self: &Arc<Self>,
+        address: &Address,
+        known: &KnownHead,
+        batch: usize,
+        link: &mut Link,
+        each: &mut (dyn FnMut(LoggedEvent) -> Result<()> + Send),
+    ) -> Result<()> {
         let (first, last) = (known.head.first_version, known.head.version());
-        let mut link = Link::first(first);
         let mut next = Some(self.read_ahead(address, first, last, batch));
         while let Some(page) = next.take() {
             let (documents, more) = page.await.map_err(stopped)??;

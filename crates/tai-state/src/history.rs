@@ -1,17 +1,20 @@
 //! Reading the past of a state: as it was at a version or a time, and its events.
 
+mod times;
+
 use std::collections::VecDeque;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use serde_json::Value;
 
 use crate::chain::{Change, format_time};
-use crate::clock::{new_event_id, to_micros};
+use crate::clock::new_event_id;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::json::refuse_deep;
 use crate::keys::Address;
 use crate::records::KnownHead;
+use crate::schema;
 use crate::state::{ChangeMetadata, StateSnapshot};
 use crate::store::{ChangeAndBefore, StateRecord, StateStore, not_found};
 use crate::transition::{Expect, Request, Wish};
@@ -91,6 +94,16 @@ impl History<'_> {
     }
 
     async fn read_changes(&mut self) -> Result<Vec<Change>> {
+        let next = self.next;
+        let read = self.read_kept().await;
+        if matches!(read, Err(Error::Corrupt { .. })) {
+            self.next = next;
+            self.store.refuse_trimmed(&self.address, next).await?;
+        }
+        read
+    }
+
+    async fn read_kept(&mut self) -> Result<Vec<Change>> {
         if self.next > self.last {
             return Ok(Vec::new());
         }
@@ -185,7 +198,11 @@ impl StateStore {
         if self.records.reads_are_cheap() {
             return Ok(self.record_at_time(governor, state, time).await?.snapshot);
         }
-        match self.records.reader().newest_until(&address, &time).await? {
+        let found = match time < schema::FIRST_TIME {
+            true => None,
+            false => self.records.reader().newest_until(&address, &time).await?,
+        };
+        match found {
             Some(change) if change.deleted => {
                 Err(deleted_then(&address, &format!(" at {}", format_time(&time))))
             }
@@ -229,44 +246,15 @@ impl StateStore {
         }
     }
 
-    /// The newest change that is kept and not later than a time.
-    pub(crate) async fn newest_until(
-        &self,
-        address: &Address,
-        head: &KnownHead,
-        time: DateTime<Utc>,
-    ) -> Result<Option<Change>> {
-        if head.head.change.timestamp <= time {
-            return Ok(Some(head.head.change.clone()));
-        }
-        if self.records.reads_are_cheap() {
-            return self.newest_by_halving(address, head, time).await;
-        }
-        let found = self.records.reader().newest_until(address, &time).await?;
-        // What was given up may still stand for a while.
-        Ok(found.filter(|change| change.version >= head.head.first_version))
-    }
-
-    /// Times never fall with rising versions, so it is found by halving.
-    async fn newest_by_halving(
-        &self,
-        address: &Address,
-        head: &KnownHead,
-        time: DateTime<Utc>,
-    ) -> Result<Option<Change>> {
-        let (mut low, mut high) = (head.head.first_version, head.head.version());
-        let mut newest = None;
-        while low <= high {
-            let middle = low + (high - low) / 2;
-            let change = self.change_at(address, head, middle).await?;
-            if change.timestamp <= time {
-                low = middle + 1;
-                newest = Some(change);
-            } else {
-                high = middle - 1;
+    /// # Errors
+    /// [`Error::HistoryTrimmed`] when a version that is missing was cleaned up meanwhile.
+    pub(crate) async fn refuse_trimmed(&self, address: &Address, version: u64) -> Result<()> {
+        match self.records.head(address).await? {
+            Some(newest) if newest.head.first_version > version => {
+                Err(trimmed(address, &newest, &format!("v{version}")))
             }
+            _ => Ok(()),
         }
-        Ok(newest)
     }
 
     /// The events of a state from one version to another, both included, oldest first.
@@ -358,42 +346,6 @@ impl StateStore {
             None
         };
         Ok(History { store: self, address, next, last, before, read: VecDeque::new() })
-    }
-
-    /// The versions that were made from one time to another. None when the last is before the first.
-    pub(crate) async fn versions_between(
-        &self,
-        address: &Address,
-        head: &KnownHead,
-        from: Option<DateTime<Utc>>,
-        to: Option<DateTime<Utc>>,
-    ) -> Result<(u64, u64)> {
-        let first_kept = head.head.first_version;
-        // Times are whole microseconds; what is within one has not passed before it.
-        let micros = |time: DateTime<Utc>| match to_micros(time) {
-            whole if whole < time => whole.checked_add_signed(TimeDelta::microseconds(1)),
-            whole => Some(whole),
-        };
-        let before = from.and_then(micros);
-        let before = before.and_then(|from| from.checked_sub_signed(TimeDelta::microseconds(1)));
-        let first = match before {
-            None => first_kept,
-            Some(before) => match self.newest_until(address, head, before).await? {
-                Some(change) => change.version + 1,
-                None if first_kept > 1 => {
-                    let asked = format!("what happened since {}", format_time(&before));
-                    return Err(trimmed(address, head, &asked));
-                }
-                None => first_kept,
-            },
-        };
-        let last = match to {
-            None => head.head.version(),
-            Some(to) => {
-                self.newest_until(address, head, to).await?.map_or(0, |change| change.version)
-            }
-        };
-        Ok((first, last))
     }
 
     /// A state as it was at a point in time, with all that was noted beside it.
@@ -541,7 +493,13 @@ impl StateStore {
             return Ok(head.head.change.clone());
         }
         let found = self.records.reader().changes_at(address, &[version]).await?;
-        found.into_iter().next().flatten().ok_or_else(|| missing(address, version))
+        match found.into_iter().next().flatten() {
+            Some(change) => Ok(change),
+            None => {
+                self.refuse_trimmed(address, version).await?;
+                Err(missing(address, version))
+            }
+        }
     }
 
     pub(crate) async fn change_and_before(

@@ -403,7 +403,7 @@ async fn send_all(records: Arc<Records>, mut sending: Sending, mut base: Option<
         };
         let transitions: Vec<Transition> =
             batch.iter_mut().flat_map(|entry| std::mem::take(&mut entry.new.steps)).collect();
-        let last = transitions.last().map(|step| step.head.change.hash);
+        let last = batch.last().map(|entry| Arc::clone(&entry.end.head));
         let beside = match batch.as_mut_slice() {
             [only] => std::mem::take(&mut only.new.beside),
             _ => Beside::default(),
@@ -415,8 +415,9 @@ async fn send_all(records: Arc<Records>, mut sending: Sending, mut base: Option<
             Ok(newest) => {
                 metrics::histogram!("tai_state_commit_changes").record(changes as f64);
                 let newest = newest.into_iter().next().flatten();
-                // Others may have gone on from there already.
-                base = newest.filter(|known| Some(known.head.change.hash) == last);
+                // Others may have gone on from there already, or cleaned up: what waits was planned on the
+                // whole head, with its notes.
+                base = newest.filter(|known| Some(&known.head) == last.as_ref());
                 None
             }
             Err(refused) => Some(refused),

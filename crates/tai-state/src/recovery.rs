@@ -11,13 +11,14 @@
 //! * a gap or a broken chain in the log, or a head that says something else than the log at the same
 //!   version, is [`Error::Corrupt`]: then nothing says what the state is.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
 use crate::backend::{Document, Kind, Revision};
-use crate::chain::Change;
+use crate::chain::{Change, Hash};
 use crate::clock::Stopwatch;
 use crate::conditions::Conditions;
 use crate::error::{Error, Result};
@@ -132,6 +133,15 @@ impl Found {
         }
     }
 
+    /// Whether what was read in between may be another history. Writers alone only add to it: then what
+    /// is missing is missing, however often it is looked for.
+    fn is_overtaken_by(&self, newer: &Self) -> bool {
+        match (self, newer) {
+            (Self::Sound(old, _), Self::Sound(new, _)) => old.first_version != new.first_version,
+            _ => self.revision() != newer.revision(),
+        }
+    }
+
     fn condition(&self) -> HeadCondition {
         match self {
             Self::Sound(..) => HeadCondition::Sound,
@@ -168,7 +178,7 @@ impl Records {
     ) -> Result<Recovered> {
         let watch = Stopwatch::start();
         let deadline = self.deadline();
-        let mut looks = 0;
+        let (mut looks, mut refused) = (0, 0);
         loop {
             let (found, bytes) = self.find_head(address, deadline).await?;
             if let Found::Sound(head, revision) = &found {
@@ -181,8 +191,7 @@ impl Records {
                 Ok(folded) => folded,
                 // A clean-up, or a purge, may have come in between.
                 Err(Error::Corrupt { .. })
-                    if self.find_head(address, deadline).await?.0.revision()
-                        != found.revision() =>
+                    if found.is_overtaken_by(&self.find_head(address, deadline).await?.0) =>
                 {
                     if deadline.is_over() {
                         let operation = format!("recovering {address}");
@@ -228,14 +237,21 @@ impl Records {
             }
             let mut repaired = false;
             if let Some(repair) = &repair {
-                if !self.restore(address, conditions, repair, self.deadline()).await? {
+                repaired = self.restore(address, conditions, repair, self.deadline()).await?;
+                refused += u32::from(!repaired);
+                // Only the head must be put right. Saved snapshots of a hot state come and go meanwhile: those
+                // that were passed over are as a rule gone with their names.
+                let may_stay = condition == HeadCondition::Sound && refused >= LOOKS;
+                if !repaired && !may_stay {
                     if deadline.is_over() {
                         let operation = format!("repairing {address}");
                         return Err(Error::Timeout { operation, after: deadline.limit() });
                     }
+                    tokio::time::sleep(self.options.retry.backoff(refused)).await;
                     continue;
                 }
-                repaired = true;
+            }
+            if repaired {
                 tracing::warn!(%address, version = change.version, head = ?condition, "repaired from the log");
                 metrics::counter!("tai_state_repairs_total").increment(1);
             }
@@ -341,8 +357,9 @@ impl Fold<'_> {
                 _ => Err(lost("there are no events to make it from")),
             };
         };
+        let saved: BTreeMap<u64, Hash> = saved.into_iter().collect();
         let mut sound = Vec::new();
-        let mut purged = None;
+        let (mut purged, mut begins) = (None, None);
         let mut replay = Replay::from_first(oldest);
         let mut next = Some(tail);
         while let Some(tail) = next {
@@ -352,8 +369,11 @@ impl Fold<'_> {
                 if change.deleted && change.metadata.context.contains_key(PURGE_CONTEXT) {
                     (purged, sound) = (Some(version), Vec::new());
                 }
-                match saved.iter().find(|(at, _)| *at == version) {
-                    Some((_, saved)) if *saved == change.hash => sound.push(version),
+                if version == oldest {
+                    begins = Some(change.clone());
+                }
+                match saved.get(&version) {
+                    Some(saved) if *saved == change.hash => sound.push(version),
                     Some(_) => self.pass_over(version, "it is not what the log says"),
                     None => {}
                 }
@@ -361,9 +381,16 @@ impl Fold<'_> {
             }
             next = self.after(&tail).await?;
         }
+        let mut save = Vec::new();
         let first = match (purged, oldest) {
             (Some(purged), _) => purged,
             (None, 1) => 1,
+            // Damaged, it still says that the cut was here; a later one would give up what is whole.
+            (None, _) if self.passed_over.iter().any(|passed| passed.version == oldest) => {
+                sound.insert(0, oldest);
+                save.extend(begins);
+                oldest
+            }
             // What was cleaned up left a saved snapshot at the cut.
             (None, _) => *sound.first().ok_or_else(|| {
                 lost(&format!(
@@ -374,20 +401,20 @@ impl Fold<'_> {
         };
         let change = replay.last().cloned().ok_or_else(|| lost("there are no events"))?;
         let drop_snapshots = saved
-            .iter()
-            .map(|(version, _)| *version)
+            .keys()
+            .copied()
             .chain(self.passed_over.iter().map(|passed| passed.version))
             .filter(|version| !sound.contains(version))
             .take(crate::trim::MOST_REMOVED)
             .collect();
         let head =
             Head { change, snapshot_versions: sound, first_version: first, oldest_version: oldest };
-        let repair = Repair { drop_snapshots, ..Repair::of(found.revision(), head) };
+        let repair = Repair { save, drop_snapshots, ..Repair::of(found.revision(), head) };
         let base = RecoveryBase::FirstEvent(oldest);
         Ok((Folded { base, replay }, Some(repair)))
     }
 
-    /// Folds page after page on what it starts from, to the end of the log.
+    /// Folds page after page on what it starts from, up to the head.
     async fn finish(
         &mut self,
         (base, mut replay): (RecoveryBase, Replay),
@@ -404,6 +431,11 @@ impl Fold<'_> {
                     at_head = Some(change.clone());
                 }
                 replay.push(change)?;
+            }
+            // That it goes on after the head is enough: who reads it to its end may run after its writers.
+            if replay.next_version() > wanted.saturating_add(1) {
+                self.bytes += tail.bytes();
+                break;
             }
             next = self.after(&tail).await?;
         }
@@ -438,7 +470,7 @@ impl Fold<'_> {
     }
 
     /// The versions and hashes of all saved snapshots that can be read.
-    async fn all_saved(&mut self) -> Result<Vec<(u64, crate::chain::Hash)>> {
+    async fn all_saved(&mut self) -> Result<Vec<(u64, Hash)>> {
         let (mut saved, mut from) = (Vec::new(), 0);
         loop {
             let reader = self.records.reader();
@@ -469,7 +501,7 @@ impl Fold<'_> {
     }
 
     async fn after(&mut self, tail: &Tail) -> Result<Option<Tail>> {
-        self.bytes += tail.documents.iter().map(size).sum::<u64>();
+        self.bytes += tail.bytes();
         match tail.documents.last() {
             Some(last) if tail.more => Ok(Some(self.page(last.key.version + 1, u64::MAX).await?)),
             _ => Ok(None),
@@ -479,7 +511,8 @@ impl Fold<'_> {
     /// Makes anew from the log what was passed over, and forgets what has no event any more.
     async fn save_again(&self, repair: &mut Repair) -> Result<()> {
         for passed in &self.passed_over {
-            if !repair.head.snapshot_versions.contains(&passed.version) {
+            let is_saved = repair.save.iter().any(|change| change.version == passed.version);
+            if is_saved || !repair.head.snapshot_versions.contains(&passed.version) {
                 continue;
             }
             let reader = self.records.reader();
@@ -504,6 +537,12 @@ impl Fold<'_> {
 struct Tail {
     documents: Vec<Document>,
     more: bool,
+}
+
+impl Tail {
+    fn bytes(&self) -> u64 {
+        self.documents.iter().map(size).sum()
+    }
 }
 
 fn schema_is_damaged(address: &Address, tail: &Tail) -> bool {

@@ -208,7 +208,7 @@ impl StateMachinePersister {
         let base = self.base(address, known.clone(), report.cutoff, options.keep_versions).await?;
         if options.dry_run {
             self.measure(address, &known.head, base.as_ref(), report).await?;
-        } else {
+        } else if base.is_some() || known.head.oldest_version < known.head.first_version {
             if let Some(base) = base {
                 self.cut(address, &base, report).await?;
             }
@@ -253,7 +253,7 @@ impl StateMachinePersister {
             match found.await {
                 Ok(base) => return Ok(base.filter(|base| base.version > head.first_version)),
                 // Another clean-up may have come in between.
-                Err(error @ Error::Corrupt { .. }) => {
+                Err(error @ (Error::Corrupt { .. } | Error::HistoryTrimmed { .. })) => {
                     let first = head.first_version;
                     match self.records.head(address).await? {
                         Some(newer) if newer.head.first_version > first => known = newer,

@@ -129,15 +129,33 @@ impl Records {
         writes.extend(dropped.map(|key| Write::delete(key, Precondition::Any)));
         let guard = repair.found.map_or(Precondition::Absent, Precondition::Revision);
         let head = Write::put(address.head(), schema::head_body(&repair.head)?, guard);
-        match self.send_guarded(writes, head, conditions, deadline).await? {
-            Sent::Done(revision) => {
-                let newest = revision
-                    .map(|revision| KnownHead { head: Arc::new(repair.head.clone()), revision });
-                self.remember(address, newest.as_ref());
-                Ok(true)
+        let mut tries = Tries::new(&self.options.retry, deadline);
+        loop {
+            let sent =
+                self.send_guarded(writes.clone(), head.clone(), conditions, deadline).await?;
+            match sent {
+                Sent::Done(revision) => {
+                    let head = Arc::new(repair.head.clone());
+                    let newest = revision.map(|revision| KnownHead { head, revision });
+                    self.remember(address, newest.as_ref());
+                    return Ok(true);
+                }
+                // By what was sent before without an answer, or by another who put the same there.
+                Sent::Refused => {
+                    let there = match self.head_by(address, deadline).await {
+                        Err(Error::Corrupt { .. }) => None,
+                        there => there?,
+                    };
+                    return Ok(there.is_some_and(|there| {
+                        *there.head == repair.head && Some(there.revision) != repair.found
+                    }));
+                }
+                Sent::Failed { error, asked_to_wait, .. } => {
+                    if !tries.again(asked_to_wait).await {
+                        return Err(error);
+                    }
+                }
             }
-            Sent::Refused => Ok(false),
-            Sent::Failed { error, .. } => Err(error),
         }
     }
 

@@ -73,6 +73,14 @@ impl StateMachinePersister {
                 });
             }
         }
+        // What was dropped since the head was read is not missing.
+        if saved.iter().any(|saved| saved.bytes == 0) {
+            let newest = self.records.head(&address).await?;
+            let newest = newest.ok_or_else(|| not_found(&address, String::new()))?.head;
+            saved.retain(|saved| {
+                saved.bytes > 0 || newest.snapshot_versions.contains(&saved.version)
+            });
+        }
         Ok(saved)
     }
 

@@ -277,6 +277,12 @@ pub(crate) const LAST_TIME: DateTime<Utc> =
         None => DateTime::<Utc>::MAX_UTC,
     };
 
+/// No change is older.
+pub(crate) const FIRST_TIME: DateTime<Utc> = match DateTime::from_timestamp(-62_135_596_800, 0) {
+    Some(time) => time,
+    None => DateTime::<Utc>::MIN_UTC,
+};
+
 /// The newest change of a state that is not later than a time: times never fall with rising versions,
 /// and of equal times the last version comes first.
 pub(crate) fn newest_until(address: &Address, time: &DateTime<Utc>) -> Query {

@@ -342,6 +342,7 @@ impl StateStore {
         let is_whole =
             changes.iter().zip(from..).all(|(change, version)| change.version == version);
         if changes.is_empty() || !is_whole {
+            self.refuse_trimmed(address, from).await?;
             return Err(crate::history::missing(address, from));
         }
         Ok(changes)

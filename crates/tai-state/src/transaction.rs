@@ -447,8 +447,8 @@ impl Transaction {
         let is_durable = pending.is_durable(self.deadline).await;
         let view = self.view(work).await?;
         let found = view.reader().head(&address).await?;
-        let hash = pending.head.change.hash;
-        let is_same = found.as_ref().is_some_and(|known| known.head.change.hash == hash);
+        // With its notes, on which the steps so far were planned too: a clean-up may have come in between.
+        let is_same = found.as_ref().is_some_and(|known| known.head == pending.head);
         if !is_durable || !is_same {
             work.spoiled = Some(gone(&address, &pending));
             return Err(gone(&address, &pending));

@@ -65,7 +65,9 @@ pub(crate) fn sweep(head: &Head, events: &[u64], upto: u64) -> Option<Trim> {
     }
     let mut trim = Trim::of(head.clone());
     trim.head.oldest_version = upto;
-    trim.drop_events = events.iter().copied().filter(|version| *version < upto).collect();
+    // What stood below was removed by another, and is counted there.
+    let left = head.oldest_version..upto;
+    trim.drop_events = events.iter().copied().filter(|version| left.contains(version)).collect();
     Some(trim)
 }
 
