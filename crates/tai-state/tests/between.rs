@@ -17,8 +17,8 @@ use tai_state::backend::memory::MemoryBackend;
 use tai_state::backend::{Backend, Key, Kind, Name, Write};
 use tai_state::testing::faults::{CommitFault, FaultyBackend};
 use tai_state::{
-    CleanupOptions, Error, HeadCondition, NewTransition, PersistenceConfig, StateMachinePersister,
-    StateStore, StoreOptions, TransactionManager,
+    CleanupOptions, Clock, Error, HeadCondition, NewTransition, PersistenceConfig,
+    StateMachinePersister, StateStore, StoreOptions, SystemClock, TransactionManager,
 };
 
 fn config(interval: u64, retention: usize) -> PersistenceConfig {
@@ -564,7 +564,7 @@ async fn everybody_at_once() {
                         persister.recover("g", "s").await.map(drop),
                         persister.replay("g", "s", |_| Ok(())).await.map(drop),
                         store.diff("g", "s", 5, 8).await.map(drop),
-                        store.record_at_time("g", "s", Utc::now()).await.map(drop),
+                        store.record_at_time("g", "s", SystemClock.now()).await.map(drop),
                         async {
                             let mut history = store.history("g", "s", ..).await?;
                             while history.next().await?.is_some() {}
