@@ -348,7 +348,7 @@ async fn read_after(
     let mut events = VecDeque::new();
     while events.is_empty() {
         let next = replay.next_version();
-        let (changes, _) = records.reader().changes(address, next, last, PAGE).await?;
+        let changes = records.reader().changes(address, next, last, PAGE).await?;
         if changes.is_empty() {
             let location = format!("the log of {address} at v{next}");
             return Err(Error::corrupt(location, "the event is missing"));

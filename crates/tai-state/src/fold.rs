@@ -9,6 +9,7 @@ use crate::chain::{Change, Hash};
 use crate::error::{Error, Result};
 use crate::history::trimmed;
 use crate::keys::Address;
+use crate::patience::stopped;
 use crate::records::{KnownHead, Records};
 use crate::replay::Link;
 use crate::schema;
@@ -73,10 +74,8 @@ impl Records {
         let (first, last) = (known.head.first_version, known.head.version());
         let mut next = Some(self.read_ahead(address, first, last, batch));
         while let Some(page) = next.take() {
-            let (documents, more) = page.await.map_err(stopped)??;
-            if let (true, Some(newest)) = (more, documents.last()) {
-                next = Some(self.read_ahead(address, newest.key.version + 1, last, batch));
-            }
+            let (documents, after) = page.await.map_err(stopped)??;
+            next = after.map(|from| self.read_ahead(address, from, last, batch));
             for change in decoded(address, documents).await? {
                 link.push(address, &change)?;
                 each(change.into())?;
@@ -99,7 +98,7 @@ impl Records {
         from: u64,
         to: u64,
         batch: usize,
-    ) -> tokio::task::JoinHandle<Result<(Vec<Document>, bool)>> {
+    ) -> tokio::task::JoinHandle<Result<(Vec<Document>, Option<u64>)>> {
         let (records, address) = (Arc::clone(self), address.clone());
         tokio::spawn(async move {
             records.reader().versions(&address, Kind::Events, from, to, batch).await
@@ -121,8 +120,4 @@ async fn decoded(address: &Address, mut documents: Vec<Document>) -> Result<Vec<
     let mut changes = decode(address, &documents)?;
     changes.extend(rest.await.map_err(stopped)??);
     Ok(changes)
-}
-
-fn stopped(error: tokio::task::JoinError) -> Error {
-    Error::Firestore { message: format!("the runtime is shutting down: {error}"), source: None }
 }

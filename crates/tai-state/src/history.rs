@@ -108,7 +108,7 @@ impl History<'_> {
             return Ok(Vec::new());
         }
         let reader = self.store.records.reader();
-        let (changes, _) = reader.changes(&self.address, self.next, self.last, PAGE).await?;
+        let changes = reader.changes(&self.address, self.next, self.last, PAGE).await?;
         let mut hash = self.before.as_ref().map(|change| change.hash);
         for change in &changes {
             let broken_chain = hash.is_some() && change.prev_hash != hash;
@@ -286,6 +286,7 @@ impl StateStore {
         if first.is_some_and(|first| first.max(1) < first_kept) {
             return Err(trimmed(&address, &head, &format!("v{}", first.unwrap_or(1))));
         }
+        refuse_before_the_cut(&address, &head, last)?;
         let next = first.unwrap_or(first_kept).max(first_kept);
         let last = last.min(head.head.version());
         let before = if next > first_kept && next <= last {
@@ -338,6 +339,7 @@ impl StateStore {
             next = first.max(1);
         }
         if let Some(PointInTime::Version(version)) = to {
+            refuse_before_the_cut(&address, &head, version)?;
             last = version.min(head.head.version());
         }
         let before = if next > head.head.first_version && next <= last {
@@ -516,6 +518,14 @@ impl StateStore {
         };
         Ok((change, before))
     }
+}
+
+/// What ends before the history that is kept is not empty, it is gone.
+fn refuse_before_the_cut(address: &Address, head: &KnownHead, last: u64) -> Result<()> {
+    if last == 0 || last >= head.head.first_version {
+        return Ok(());
+    }
+    Err(trimmed(address, head, &format!("up to v{last}")))
 }
 
 pub(crate) fn trimmed(address: &Address, head: &KnownHead, asked: &str) -> Error {

@@ -5,10 +5,16 @@ use std::time::Duration;
 use crate::backend::BackendError;
 use crate::clock::Stopwatch;
 use crate::config::RetryPolicy;
+use crate::error::Error;
 
 /// What a last look may take after the deadline: whoever waited so long should not be told "unknown"
 /// without one.
 pub(crate) const LAST_LOOK: Duration = Duration::from_millis(500);
+
+/// That a task was not finished, because its runtime ended.
+pub(crate) fn stopped(error: tokio::task::JoinError) -> Error {
+    Error::Firestore { message: format!("the runtime is shutting down: {error}"), source: None }
+}
 
 /// A moment by which a call has returned.
 #[derive(Debug, Clone, Copy)]

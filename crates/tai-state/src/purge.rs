@@ -10,10 +10,9 @@ use crate::error::{Error, Result};
 use crate::json::refuse_deep;
 use crate::keys::Address;
 use crate::persister::StateMachinePersister;
-use crate::retention::size;
 use crate::state::ChangeMetadata;
 use crate::store::not_found;
-use crate::transition::{Expect, Head, PURGE_CONTEXT, Request, Wish};
+use crate::transition::{Expect, Head, Request, Wish, is_purge};
 use crate::trim::{MOST_REMOVED, Trim};
 
 /// The action of the event that a purge leaves.
@@ -64,8 +63,8 @@ impl StateMachinePersister {
         refuse_deep(metadata.context.values_mut(), &address.to_string())?;
         let absent = || not_found(&address, String::new());
         let mut known = self.records.head(&address).await?.ok_or_else(absent)?;
-        let (mut snapshots, mut recovered_bytes, mut events) = (0, 0, 0);
-        if !is_purged(&known.head) {
+        let (mut events, mut snapshots, mut recovered_bytes) = (0, 0, 0);
+        if !is_purge(&known.head.change) {
             // One commit takes a bounded number of documents.
             while known.head.snapshot_versions.len() > MOST_REMOVED / 2 {
                 let pruned = self.prune(&address, 0).await?;
@@ -88,24 +87,28 @@ impl StateMachinePersister {
             snapshots += sizes.len() as u64;
             recovered_bytes += sizes.values().sum::<u64>();
         }
-        let mut swept = (0, 0);
         self.sweep(&address, MOST_REMOVED, |count, bytes| {
-            swept = (swept.0 + count, swept.1 + bytes);
-            progress(swept.0);
+            events += count;
+            recovered_bytes += bytes;
+            progress(events);
         })
         .await?;
-        events += swept.0;
-        recovered_bytes += swept.1;
         let head = self.records.head(&address).await?.ok_or_else(absent)?.head;
         let first = head.first_version;
         // What no head named, such as what was put there by hand.
-        let strays = self.strays(&address, Kind::Snapshots, first).await?;
-        if !strays.is_empty() {
-            let versions: Vec<u64> = strays.iter().map(|found| found.key.version).collect();
-            let decide = |head: &Head| Some(Trim::without(head, &versions));
-            self.records.revise(&address, &self.conditions, decide).await?;
-            snapshots += strays.len() as u64;
-            recovered_bytes += strays.iter().map(size).sum::<u64>();
+        for kind in [Kind::Events, Kind::Snapshots] {
+            loop {
+                let strays = self.strays(&address, kind, first).await?;
+                if strays.is_empty() {
+                    break;
+                }
+                let versions: Vec<u64> = strays.iter().map(|found| found.key.version).collect();
+                let decide = |head: &Head| Some(Trim::without(head, kind, &versions));
+                self.records.revise(&address, &self.conditions, decide).await?;
+                *(if kind == Kind::Events { &mut events } else { &mut snapshots }) +=
+                    strays.len() as u64;
+                recovered_bytes += strays.iter().map(Document::bytes).sum::<u64>();
+            }
         }
         let tombstone = self.records.reader().changes_at(&address, &[first]).await?;
         let tombstone = tombstone.into_iter().next().flatten().ok_or_else(|| {
@@ -157,9 +160,4 @@ impl StateMachinePersister {
         let reader = self.records.reader();
         Ok(reader.versions(address, kind, 0, below.saturating_sub(1), MOST_REMOVED).await?.0)
     }
-}
-
-/// Whether a head is the tombstone of a purge.
-fn is_purged(head: &Head) -> bool {
-    head.change.deleted && head.change.metadata.context.contains_key(PURGE_CONTEXT)
 }

@@ -141,20 +141,20 @@ impl<'a> Reader<'a> {
         document.map(|d| schema::read_change(address, &d)).transpose()
     }
 
-    /// The first changes in `from..=to`, at most `limit`, and whether there are more.
+    /// The first changes in `from..=to`, at most `limit`.
     pub(crate) async fn changes(
         self,
         address: &Address,
         from: u64,
         to: u64,
         limit: usize,
-    ) -> Result<(Vec<Change>, bool)> {
-        let (documents, more) = self.versions(address, Kind::Events, from, to, limit).await?;
-        let changes = documents.iter().map(|d| schema::read_change(address, d));
-        Ok((changes.collect::<Result<_>>()?, more))
+    ) -> Result<Vec<Change>> {
+        let (documents, _) = self.versions(address, Kind::Events, from, to, limit).await?;
+        documents.iter().map(|document| schema::read_change(address, document)).collect()
     }
 
-    /// The documents of a versioned kind in `from..=to`, at most `limit`, and whether there are more.
+    /// The first documents of a versioned kind in `from..=to`, at most `limit`, and from which version there
+    /// are more.
     pub(crate) async fn versions(
         self,
         address: &Address,
@@ -162,7 +162,7 @@ impl<'a> Reader<'a> {
         from: u64,
         to: u64,
         limit: usize,
-    ) -> Result<(Vec<Document>, bool)> {
+    ) -> Result<(Vec<Document>, Option<u64>)> {
         let scan = Scan {
             governor: address.governor.clone(),
             kind,
@@ -170,7 +170,11 @@ impl<'a> Reader<'a> {
             limit,
         };
         let page = self.call(|read| read.scan(&scan)).await?;
-        Ok((page.documents, page.next.is_some()))
+        let next = match page.next.map(|next| next.range) {
+            Some(Range::Versions { from, .. }) => Some(from),
+            _ => None,
+        };
+        Ok((page.documents, next))
     }
 
     /// The heads of a governor after a name, and the name to continue after.

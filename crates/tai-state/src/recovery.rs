@@ -29,7 +29,7 @@ use crate::replay::Replay;
 use crate::revise::Repair;
 use crate::schema;
 use crate::store::not_found;
-use crate::transition::{Head, PURGE_CONTEXT};
+use crate::transition::{Head, is_purge};
 
 /// How often a head that seems to be behind its log is looked at again, before it is believed to be so:
 /// on Google's emulator an event is visible a little before its head.
@@ -278,7 +278,7 @@ impl Records {
     async fn find_head(&self, address: &Address, deadline: Deadline) -> Result<(Found, u64)> {
         let found = self.reader_within(deadline.left()).get(&[address.head()]).await?;
         let document = found.into_iter().next().flatten();
-        let bytes = document.as_ref().map_or(0, size);
+        let bytes = document.as_ref().map_or(0, Document::bytes);
         Ok((Found::of(address, document.as_ref())?, bytes))
     }
 }
@@ -303,8 +303,7 @@ impl Fold<'_> {
             return self.without_head(found).await;
         };
         for version in head.snapshot_versions.iter().rev() {
-            let (base, tail) =
-                tokio::join!(self.snapshot(*version), self.page(version + 1, u64::MAX));
+            let (base, tail) = tokio::join!(self.snapshot(*version), self.page(version + 1));
             let (base, tail) = match (base, tail) {
                 (Ok((Some(base), bytes)), tail) => {
                     self.bytes += bytes;
@@ -321,10 +320,9 @@ impl Fold<'_> {
                 (Err(error), _) => return Err(error),
             };
             let follows = tail.documents.first().is_none_or(|first| {
-                let first = schema::read_change(self.address, first);
                 // A damaged event is no fault of the base.
-                first.is_ok_and(|first| first.prev_hash == Some(base.hash))
-                    || schema_is_damaged(self.address, &tail)
+                schema::read_change(self.address, first)
+                    .map_or(true, |first| first.prev_hash == Some(base.hash))
             });
             let is_head = base.version == head.version();
             if !follows || (is_head && base != head.change) {
@@ -332,12 +330,12 @@ impl Fold<'_> {
                 continue;
             }
             let start = (RecoveryBase::SavedSnapshot(*version), Replay::from_base(base));
-            return Ok((self.finish(start, tail, Some(head)).await?, None));
+            return Ok((self.finish(start, tail, head).await?, None));
         }
         let first = head.first_version;
-        let tail = self.page(first, u64::MAX).await?;
+        let tail = self.page(first).await?;
         let start = (RecoveryBase::FirstEvent(first), Replay::from_first(first));
-        Ok((self.finish(start, tail, Some(head)).await?, None))
+        Ok((self.finish(start, tail, head).await?, None))
     }
 
     /// The whole log, since nothing says where it may begin.
@@ -348,7 +346,7 @@ impl Fold<'_> {
             _ => Error::corrupt(&place, format!("it is missing; {reason}")),
         };
         let saved = self.all_saved().await?;
-        let tail = self.page(0, u64::MAX).await?;
+        let tail = self.page(0).await?;
         let Some(oldest) = tail.documents.first().map(|document| document.key.version) else {
             return match found {
                 Found::Missing if saved.is_empty() && self.passed_over.is_empty() => {
@@ -366,7 +364,7 @@ impl Fold<'_> {
             for document in &tail.documents {
                 let change = schema::read_change(self.address, document)?;
                 let version = change.version;
-                if change.deleted && change.metadata.context.contains_key(PURGE_CONTEXT) {
+                if is_purge(&change) {
                     (purged, sound) = (Some(version), Vec::new());
                 }
                 if version == oldest {
@@ -419,9 +417,9 @@ impl Fold<'_> {
         &mut self,
         (base, mut replay): (RecoveryBase, Replay),
         tail: Tail,
-        head: Option<&Head>,
+        head: &Head,
     ) -> Result<Folded> {
-        let wanted = head.map_or(u64::MAX, Head::version);
+        let wanted = head.version();
         let mut at_head = replay.last().filter(|base| base.version == wanted).cloned();
         let mut next = Some(tail);
         while let Some(tail) = next {
@@ -433,25 +431,23 @@ impl Fold<'_> {
                 replay.push(change)?;
             }
             // That it goes on after the head is enough: who reads it to its end may run after its writers.
-            if replay.next_version() > wanted.saturating_add(1) {
+            if replay.next_version() > wanted + 1 {
                 self.bytes += tail.bytes();
                 break;
             }
             next = self.after(&tail).await?;
         }
-        if let Some(head) = head {
-            if replay.next_version() <= head.version() {
-                return Err(Error::corrupt(
-                    format!("the log of {} at v{}", self.address, replay.next_version()),
-                    "the event is missing",
-                ));
-            }
-            if at_head.as_ref() != Some(&head.change) {
-                return Err(Error::corrupt(
-                    format!("the head of {}", self.address),
-                    "it is not what its log says",
-                ));
-            }
+        if replay.next_version() <= wanted {
+            return Err(Error::corrupt(
+                format!("the log of {} at v{}", self.address, replay.next_version()),
+                "the event is missing",
+            ));
+        }
+        if at_head.as_ref() != Some(&head.change) {
+            return Err(Error::corrupt(
+                format!("the head of {}", self.address),
+                "it is not what its log says",
+            ));
         }
         Ok(Folded { base, replay })
     }
@@ -466,7 +462,7 @@ impl Fold<'_> {
         let found = self.records.reader().get(&[self.address.snapshot(version)]).await?;
         let Some(document) = found.into_iter().next().flatten() else { return Ok((None, 0)) };
         let change = schema::read_change(self.address, &document)?;
-        Ok((Some(change), size(&document)))
+        Ok((Some(change), document.bytes()))
     }
 
     /// The versions and hashes of all saved snapshots that can be read.
@@ -474,10 +470,10 @@ impl Fold<'_> {
         let (mut saved, mut from) = (Vec::new(), 0);
         loop {
             let reader = self.records.reader();
-            let (documents, more) =
+            let (documents, next) =
                 reader.versions(self.address, Kind::Snapshots, from, u64::MAX, self.batch).await?;
             for document in &documents {
-                self.bytes += size(document);
+                self.bytes += document.bytes();
                 match schema::read_change(self.address, document) {
                     Ok(change) => saved.push((change.version, change.hash)),
                     Err(Error::Corrupt { reason, .. }) => {
@@ -486,25 +482,25 @@ impl Fold<'_> {
                     Err(error) => return Err(error),
                 }
             }
-            match documents.last() {
-                Some(last) if more => from = last.key.version + 1,
-                _ => return Ok(saved),
+            match next {
+                Some(next) => from = next,
+                None => return Ok(saved),
             }
         }
     }
 
-    async fn page(&self, from: u64, to: u64) -> Result<Tail> {
+    async fn page(&self, from: u64) -> Result<Tail> {
         let reader = self.records.reader();
-        let (documents, more) =
-            reader.versions(self.address, Kind::Events, from, to, self.batch).await?;
-        Ok(Tail { documents, more })
+        let (documents, next) =
+            reader.versions(self.address, Kind::Events, from, u64::MAX, self.batch).await?;
+        Ok(Tail { documents, next })
     }
 
     async fn after(&mut self, tail: &Tail) -> Result<Option<Tail>> {
         self.bytes += tail.bytes();
-        match tail.documents.last() {
-            Some(last) if tail.more => Ok(Some(self.page(last.key.version + 1, u64::MAX).await?)),
-            _ => Ok(None),
+        match tail.next {
+            Some(from) => Ok(Some(self.page(from).await?)),
+            None => Ok(None),
         }
     }
 
@@ -536,19 +532,11 @@ impl Fold<'_> {
 /// A page of events.
 struct Tail {
     documents: Vec<Document>,
-    more: bool,
+    next: Option<u64>,
 }
 
 impl Tail {
     fn bytes(&self) -> u64 {
-        self.documents.iter().map(size).sum()
+        self.documents.iter().map(Document::bytes).sum()
     }
-}
-
-fn schema_is_damaged(address: &Address, tail: &Tail) -> bool {
-    tail.documents.first().is_some_and(|first| schema::read_change(address, first).is_err())
-}
-
-fn size(document: &Document) -> u64 {
-    document.body.as_text().len() as u64
 }

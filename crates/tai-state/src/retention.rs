@@ -275,8 +275,8 @@ impl StateMachinePersister {
     ) -> Result<()> {
         loop {
             let Some(known) = self.records.head(address).await? else { return Ok(()) };
-            let old: Vec<u64> = known.head.snapshot_versions.clone();
-            let sizes = self.sizes(address, old.iter().filter(|at| **at < base.version)).await?;
+            let old = known.head.snapshot_versions.iter().filter(|at| **at < base.version);
+            let sizes = self.sizes(address, old).await?;
             let decide = |head: &Head| trim::cut(head, base);
             let Some(trim) = self.records.revise(address, &self.conditions, decide).await? else {
                 return Ok(());
@@ -302,14 +302,11 @@ impl StateMachinePersister {
                 return Ok(());
             }
             let reader = self.records.reader();
-            let (documents, more) =
+            let (documents, next) =
                 reader.versions(address, Kind::Events, oldest, first - 1, batch).await?;
-            let upto = match documents.last() {
-                Some(last) if more => last.key.version + 1,
-                _ => first,
-            };
+            let upto = next.unwrap_or(first);
             let sizes: HashMap<u64, u64> =
-                documents.iter().map(|found| (found.key.version, size(found))).collect();
+                documents.iter().map(|found| (found.key.version, found.bytes())).collect();
             let versions: Vec<u64> = documents.iter().map(|found| found.key.version).collect();
             drop(documents);
             let decide = |head: &Head| trim::sweep(head, &versions, upto);
@@ -336,17 +333,14 @@ impl StateMachinePersister {
         report.recovered_bytes += sizes.values().sum::<u64>();
         report.snapshots_saved +=
             u64::from(base.is_some_and(|base| !head.snapshot_versions.contains(&base.version)));
-        let mut next = head.oldest_version;
-        while next < first {
+        let mut next = (head.oldest_version < first).then_some(head.oldest_version);
+        while let Some(from) = next {
             let reader = self.records.reader();
-            let (documents, more) =
-                reader.versions(address, Kind::Events, next, first - 1, MOST_REMOVED).await?;
+            let (documents, after) =
+                reader.versions(address, Kind::Events, from, first - 1, MOST_REMOVED).await?;
             report.events += documents.len() as u64;
-            report.recovered_bytes += documents.iter().map(size).sum::<u64>();
-            next = match documents.last() {
-                Some(last) if more => last.key.version + 1,
-                _ => first,
-            };
+            report.recovered_bytes += documents.iter().map(Document::bytes).sum::<u64>();
+            next = after;
         }
         Ok(())
     }
@@ -361,7 +355,7 @@ impl StateMachinePersister {
         let mut sizes = HashMap::new();
         for keys in keys.chunks(PAGE) {
             let found = self.records.reader().get(keys).await?;
-            sizes.extend(found.iter().flatten().map(|found| (found.key.version, size(found))));
+            sizes.extend(found.iter().flatten().map(|found| (found.key.version, found.bytes())));
         }
         Ok(sizes)
     }
@@ -375,8 +369,4 @@ impl StateMachinePersister {
 pub(crate) fn removed(versions: &[u64], sizes: &HashMap<u64, u64>) -> (u64, u64) {
     let found = versions.iter().filter_map(|version| sizes.get(version));
     found.fold((0, 0), |(count, bytes), size| (count + 1, bytes + size))
-}
-
-pub(crate) fn size(document: &Document) -> u64 {
-    document.body.as_text().len() as u64
 }

@@ -3,11 +3,11 @@
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
-use crate::backend::Key;
+use crate::backend::{Document, Key};
 use crate::error::Result;
 use crate::keys::Address;
 use crate::persister::StateMachinePersister;
-use crate::retention::{PAGE, removed, size};
+use crate::retention::{PAGE, removed};
 use crate::schema;
 use crate::store::not_found;
 use crate::transition::Head;
@@ -67,7 +67,7 @@ impl StateMachinePersister {
                 saved.push(SavedSnapshot {
                     version: *version,
                     timestamp,
-                    bytes: document.as_ref().map_or(0, size),
+                    bytes: document.as_ref().map_or(0, Document::bytes),
                     is_cut: head.cut_snapshot() == Some(*version),
                     problem,
                 });

@@ -18,7 +18,7 @@ use crate::clock_vector::VectorClockSnapshot;
 use crate::error::{Error, Result};
 use crate::keys::Address;
 use crate::state::ChangeMetadata;
-use crate::transition::{Head, Transition};
+use crate::transition::{Head, Transition, is_purge};
 
 pub(crate) use beside::{Answered, Command, command_body, lease_body, read_command, read_lease};
 
@@ -142,8 +142,8 @@ pub(crate) fn writes(
         let change = &step.head.change;
         let address = &change.address;
         // What is purged must not be said again.
-        let is_purge = step.head.first_version == change.version;
-        let from = before.filter(|before| !before.deleted && !is_purge).map(|before| &before.data);
+        let from =
+            before.filter(|before| !before.deleted && !is_purge(change)).map(|before| &before.data);
         before = Some(change);
         let body = match from.filter(|_| repeat_before > 0) {
             Some(from) => Some(event_body(change, Some(from))?),

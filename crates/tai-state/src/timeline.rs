@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::history::trimmed;
 use crate::keys::{Address, Name};
+use crate::patience::stopped;
 use crate::records::KnownHead;
 use crate::store::{StateRecord, StateStore};
 
@@ -182,10 +183,6 @@ async fn take<A: 'static>(
     answers: &mut Vec<(usize, A)>,
 ) -> Result<()> {
     if let Some(answer) = asked.join_next().await {
-        let stopped = |error: tokio::task::JoinError| Error::Firestore {
-            message: format!("the runtime is shutting down: {error}"),
-            source: None,
-        };
         answers.push(answer.map_err(stopped)??);
     }
     Ok(())
@@ -338,7 +335,7 @@ impl StateStore {
         to: u64,
         limit: usize,
     ) -> Result<Vec<Change>> {
-        let (changes, _) = self.records.reader().changes(address, from, to, limit).await?;
+        let changes = self.records.reader().changes(address, from, to, limit).await?;
         let is_whole =
             changes.iter().zip(from..).all(|(change, version)| change.version == version);
         if changes.is_empty() || !is_whole {

@@ -27,6 +27,10 @@ pub const MAX_ACTION_BYTES: u64 = 1024;
 /// The key in the context of the event of a purge, which says that nothing before it is kept. Nobody
 /// else may use it.
 pub(crate) const PURGE_CONTEXT: &str = "tai_state.purge";
+/// Whether a change is a purge.
+pub(crate) fn is_purge(change: &Change) -> bool {
+    change.deleted && change.metadata.context.contains_key(PURGE_CONTEXT)
+}
 /// The longest identity of a change, in bytes.
 const MAX_ID_BYTES: u64 = 128;
 /// Versions and counters stay within what both backends hold: a signed 64-bit integer.
@@ -296,17 +300,24 @@ pub(crate) fn check_input(request: &Request) -> Result<()> {
         let subject = format!("the metadata of {subject}");
         return Err(Error::refused(subject, format!("{PURGE_CONTEXT} is the store's own")));
     }
-    let mut size = metadata.changed_by.len() as u64 + metadata.reason.len() as u64;
-    for (key, value) in &metadata.context {
-        let value = measure(value, &format!("the metadata of {subject}"))?;
-        size += key.len() as u64 + value.text.max(value.native);
-    }
-    within(&format!("the metadata of {subject}"), size, MAX_METADATA_BYTES)?;
+    check_metadata_size(metadata, &subject)?;
     if metadata.parent_version.is_some_and(|version| version > MAX_COUNTER) {
         return Err(Error::refused(format!("the parent version of {subject}"), "it is too large"));
     }
     check_clock(&request.based_on, &request.address)?;
     Ok(())
+}
+
+/// # Errors
+/// [`Error::TooLarge`], or [`Error::InvalidState`] for what no backend keeps.
+pub(crate) fn check_metadata_size(metadata: &ChangeMetadata, subject: &str) -> Result<()> {
+    let subject = format!("the metadata of {subject}");
+    let mut size = metadata.changed_by.len() as u64 + metadata.reason.len() as u64;
+    for (key, value) in &metadata.context {
+        let value = measure(value, &subject)?;
+        size += key.len() as u64 + value.text.max(value.native);
+    }
+    within(&subject, size, MAX_METADATA_BYTES)
 }
 
 /// The limit holds for the merged clock: else a state could be stored that can never be updated.

@@ -4,6 +4,7 @@
 //! what follows is one commit. None of them makes a version: the newest change stays as it is.
 
 use crate::chain::Change;
+use crate::keys::Kind;
 use crate::transition::{Head, surplus};
 
 /// How many documents one commit removes at most.
@@ -23,9 +24,14 @@ impl Trim {
         Self { head, save: None, drop_snapshots: Vec::new(), drop_events: Vec::new() }
     }
 
-    /// Without these saved snapshots, which the head does not name.
-    pub(crate) fn without(head: &Head, strays: &[u64]) -> Self {
-        Self { drop_snapshots: strays.to_vec(), ..Self::of(head.clone()) }
+    /// Without these events or saved snapshots, which the head does not lead to.
+    pub(crate) fn without(head: &Head, kind: Kind, strays: &[u64]) -> Self {
+        let mut trim = Self::of(head.clone());
+        match kind {
+            Kind::Events => trim.drop_events = strays.to_vec(),
+            _ => trim.drop_snapshots = strays.to_vec(),
+        }
+        trim
     }
 
     /// Takes the first of these saved snapshots away, and says whether that was all of them.

@@ -430,7 +430,7 @@ impl StateStore {
         while let Some(from) = next {
             let reader = self.records.reader();
             let page = reader.versions(address, Kind::Events, from, u64::MAX, PAGE).await;
-            let (documents, more) = match page {
+            let (documents, after) = match page {
                 Ok(page) => page,
                 Err(error) if is_damage(&error) => {
                     // One damaged row spoils the page: go on one by one.
@@ -450,10 +450,7 @@ impl StateStore {
                 Err(error) => return Err(error),
             };
             documents.iter().for_each(|document| log.take(document, proof));
-            next = match documents.last() {
-                Some(last) if more => Some(last.key.version + 1),
-                _ => None,
-            };
+            next = after;
         }
         log.finish(proof);
         if log.next() > head.version() + 1 {
@@ -529,16 +526,14 @@ impl StateStore {
 
     /// How many events were given up and still stand.
     async fn leftovers(&self, address: &Address, head: &Head) -> Result<u64> {
-        let (mut next, mut count) = (head.oldest_version, 0);
-        while next < head.first_version {
+        let (end, mut count) = (head.first_version, 0);
+        let mut next = (head.oldest_version < end).then_some(head.oldest_version);
+        while let Some(from) = next {
             let reader = self.records.reader();
-            let (documents, more) =
-                reader.versions(address, Kind::Events, next, head.first_version - 1, PAGE).await?;
+            let (documents, after) =
+                reader.versions(address, Kind::Events, from, end - 1, PAGE).await?;
             count += documents.len() as u64;
-            next = match documents.last() {
-                Some(last) if more => last.key.version + 1,
-                _ => head.first_version,
-            };
+            next = after;
         }
         Ok(count)
     }

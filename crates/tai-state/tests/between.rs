@@ -10,12 +10,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::{DateTime, TimeZone, Utc};
-use common::between::{Between, Call};
 use common::{every_backend, proved, snapshot, why};
 use serde_json::json;
 use tai_state::backend::memory::MemoryBackend;
 use tai_state::backend::{Backend, Key, Kind, Name, Write};
-use tai_state::testing::faults::{CommitFault, FaultyBackend};
+use tai_state::testing::faults::{Call, CommitFault, FaultyBackend};
 use tai_state::{
     CleanupOptions, Clock, Error, HeadCondition, NewTransition, PersistenceConfig,
     StateMachinePersister, StateStore, StoreOptions, SystemClock, TransactionManager,
@@ -46,7 +45,11 @@ fn handle(
 
 /// Another handle on the same documents.
 fn other(backend: &Arc<dyn Backend>) -> (StateStore, StateMachinePersister) {
-    handle(Between::new(backend), &config(10, 3), |_| {})
+    handle(between(backend), &config(10, 3), |_| {})
+}
+
+fn between(backend: &Arc<dyn Backend>) -> FaultyBackend {
+    FaultyBackend::new(Arc::clone(backend), [])
 }
 
 fn at(second: i64) -> DateTime<Utc> {
@@ -78,7 +81,7 @@ async fn proved_apart(backend: &Arc<dyn Backend>) {
 async fn what_waits_in_line_does_not_undo_a_clean_up() {
     let folder = tempfile::tempdir().unwrap();
     for (name, backend) in backends(folder.path()).await {
-        let between = Between::new(&backend);
+        let between = between(&backend);
         let (store, persister) = handle(between.clone(), &config(10, 3), |_| {});
         fill(&persister, "s", 1, 12).await;
         let cleaner = other(&backend).1;
@@ -164,7 +167,7 @@ async fn a_clean_up_under_a_reader_is_no_damage() {
         }
         for is_far in [false, true] {
             let fresh = format!("{name}, far: {is_far}");
-            let between = if is_far { Between::far(&backend) } else { Between::new(&backend) };
+            let between = if is_far { between(&backend).far() } else { between(&backend) };
             let (store, persister) = handle(between.clone(), &config(100, 3), |_| {});
             let cleaner = other(&backend).1;
             let mut round = 0;
@@ -216,7 +219,7 @@ async fn a_clean_up_under_a_reader_of_a_governor_is_no_damage() {
     for is_far in [false, true] {
         let fresh = || async move {
             let backend: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
-            let between = if is_far { Between::far(&backend) } else { Between::new(&backend) };
+            let between = if is_far { between(&backend).far() } else { between(&backend) };
             let (store, persister) = handle(between.clone(), &config(100, 3), |_| {});
             fill(&persister, "a", 1, 40).await;
             fill(&persister, "b", 1, 40).await;
@@ -277,8 +280,8 @@ fn overtaken(
     config: &PersistenceConfig,
     call: Call,
 ) -> (StateStore, StateMachinePersister) {
-    let between = Between::new(backend);
-    let writer = handle(Between::new(backend), config, |_| {}).1;
+    let between = between(backend);
+    let writer = handle(FaultyBackend::new(Arc::clone(backend), []), config, |_| {}).1;
     between.always(call, move || {
         let writer = writer.clone();
         async move {
@@ -297,7 +300,7 @@ async fn a_hot_state_that_saves_every_change_is_sound() {
     let folder = tempfile::tempdir().unwrap();
     for (name, backend) in backends(folder.path()).await {
         let config = config(1, 1);
-        fill(&handle(Between::new(&backend), &config, |_| {}).1, "s", 1, 20).await;
+        fill(&handle(between(&backend), &config, |_| {}).1, "s", 1, 20).await;
         let (store, persister) = overtaken(&backend, &config, Call::Get(Kind::Snapshots));
         let report = store.validate_state("g", "s").await.unwrap();
         assert!(report.ok, "{name}: {:?}", report.problems);
@@ -315,7 +318,7 @@ async fn a_hot_state_that_saves_every_change_is_sound() {
 async fn a_gap_in_a_hot_state_is_told() {
     let backend: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
     let config = config(0, 0);
-    fill(&handle(Between::new(&backend), &config, |_| {}).1, "s", 1, 20).await;
+    fill(&handle(between(&backend), &config, |_| {}).1, "s", 1, 20).await;
     let name = |id| Name::escape(id, "id").unwrap();
     let key = Key { governor: name("g"), kind: Kind::Events, name: name("s"), version: 7 };
     let precondition = tai_state::backend::Precondition::Any;
@@ -331,7 +334,7 @@ async fn loading_does_not_run_after_the_writers() {
     let backend: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
     let mut config = config(0, 0);
     config.max_replay_batch_size = 0;
-    fill(&handle(Between::new(&backend), &config, |_| {}).1, "s", 1, 20).await;
+    fill(&handle(between(&backend), &config, |_| {}).1, "s", 1, 20).await;
     let (_, persister) = overtaken(&backend, &config, Call::Scan(Kind::Events));
     let load = persister.load_state("g", "s");
     let loaded = tokio::time::timeout(Duration::from_secs(10), load).await;
@@ -436,7 +439,7 @@ async fn a_damaged_cut_gives_nothing_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_sweeps_count_each_event_once() {
     let backend: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
-    let between = Between::new(&backend);
+    let between = between(&backend);
     let (_, persister) = handle(between.clone(), &config(0, 0), |_| {});
     fill(&persister, "s", 1, 50).await;
     let second = other(&backend).1;
@@ -516,7 +519,7 @@ async fn everybody_at_once() {
     for (name, backend) in backends(folder.path()).await {
         let rounds: u64 = if name == "emulator" { 6 } else { 60 };
         let config = config(3, 2);
-        let new = || handle(Between::new(&backend), &config, |_| {});
+        let new = || handle(between(&backend), &config, |_| {});
         fill(&new().1, "s", 1, 20).await;
         let mut tasks = tokio::task::JoinSet::new();
         let written = Arc::new(AtomicU64::new(20));

@@ -225,6 +225,11 @@ async fn what_is_not_kept_is_said(make: Make<'_>) {
     trimmed(store.events_between("g", "s", at(95), at(300)).await.map(drop));
     trimmed(store.timeline("g", Some(at(95)), None).await.map(drop));
     trimmed(store.diff("g", "s", 3, 15).await.map(drop));
+    // What ends before the cut is not empty, it is gone.
+    trimmed(store.history("g", "s", ..=3).await.map(drop));
+    trimmed(store.history_between("g", "s", None, Some(3.into())).await.map(drop));
+    trimmed(store.history_between("g", "s", None, Some(at(95).into())).await.map(drop));
+    trimmed(store.timeline("g", None, Some(at(95))).await.map(drop));
     trimmed(store.diff("g", "s", 0, 15).await.map(drop));
     trimmed(store.diff("g", "s", at(95), 15).await.map(drop));
     trimmed(store.consistent_cut("g", at(95)).unwrap().next_page().await.map(drop));

@@ -305,6 +305,33 @@ async fn a_purge_says_nothing_of_what_it_erased() {
     }
 }
 
+/// What was put beside the log by hand goes too, however much it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_purge_removes_what_no_head_names() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, backend) in every_backend(folder.path()).await {
+        fill(&backend, "s", 900).await;
+        let persister = on(Arc::clone(&backend));
+        let options = CleanupOptions::older_than(Duration::ZERO).keep_versions(10);
+        persister.cleanup("g", &options, |_| {}).await.unwrap();
+        let escaped = |id: &str| Name::escape(id, "id").unwrap();
+        let key = |kind, version| Key { governor: escaped("g"), kind, name: escaped("s"), version };
+        let found = backend.get(&[key(Kind::Events, 900)]).await.unwrap().pop().flatten().unwrap();
+        for versions in [1..400, 400..800] {
+            let stray =
+                |n| Write::put(key(Kind::Snapshots, n), found.body.clone(), Precondition::Any);
+            backend.commit(versions.map(stray).collect()).await.unwrap();
+        }
+        let stray = Write::put(key(Kind::Events, 7), found.body.clone(), Precondition::Any);
+        backend.commit(vec![stray]).await.unwrap();
+        let report = persister.purge("g", "s", why(), |_| {}).await.unwrap();
+        assert_eq!(report.events, 10 + 1, "{name}");
+        assert!(report.snapshots >= 799, "{name}: {report:?}");
+        persister.verify_purge(&report).await.unwrap();
+        proved(&backend).await;
+    }
+}
+
 /// Very many saved snapshots do not make a commit that no engine takes.
 #[tokio::test(flavor = "multi_thread")]
 async fn very_many_saved_snapshots_can_be_removed() {

@@ -97,6 +97,13 @@ pub struct Document {
     pub revision: Revision,
 }
 
+impl Document {
+    /// The length of its body in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.body.as_text().len() as u64
+    }
+}
+
 /// What must be true of a document for a write to happen. There is no default: a forgotten guard
 /// must not compile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

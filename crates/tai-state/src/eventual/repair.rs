@@ -12,14 +12,14 @@ use crate::clock::new_event_id;
 use crate::clock_vector::{Causality, VectorClockSnapshot};
 use crate::conflict::{comparable, same};
 use crate::error::{Error, Result};
-use crate::json::{measure, refuse_deep};
+use crate::json::refuse_deep;
 use crate::keys::Address;
 use crate::lines::{Base, NewEntry};
 use crate::proposal::Beside;
 use crate::records::{Race, Records};
 use crate::state::{ChangeMetadata, StateSnapshot};
 use crate::store::StateStore;
-use crate::transition::{Expect, Head, MAX_METADATA_BYTES, Request, Transition, Wish};
+use crate::transition::{Expect, Head, Request, Transition, Wish, check_metadata_size};
 
 /// The action of an event that only keeps what has lost a conflict on record.
 pub const CONFLICT_LOST: &str = "conflict.lost";
@@ -393,22 +393,12 @@ impl Attempt<'_> {
 
     fn noted(&self, note: Map<String, Value>) -> Option<ChangeMetadata> {
         let metadata = self.metadata.clone().with_context(CONFLICT_CONTEXT, note);
-        fits(&metadata).then_some(metadata)
+        check_metadata_size(&metadata, "a repair").is_ok().then_some(metadata)
     }
 }
 
 fn counts(clock: &VectorClockSnapshot) -> Value {
     Value::Object(clock.iter().map(|(node, count)| (node.to_owned(), count.into())).collect())
-}
-
-/// Whether metadata are within the limit, and not nested too deep.
-fn fits(metadata: &ChangeMetadata) -> bool {
-    let mut size = metadata.changed_by.len() as u64 + metadata.reason.len() as u64;
-    for (key, value) in &metadata.context {
-        let Ok(measured) = measure(value, key) else { return false };
-        size += key.len() as u64 + measured.text.max(measured.native);
-    }
-    size <= MAX_METADATA_BYTES
 }
 
 fn short(name: &str) -> &str {

@@ -120,6 +120,10 @@ impl StateStore {
                 self.newest_until(address, head, to).await?.map_or(0, |change| change.version)
             }
         };
+        if last == 0 && first_kept > 1 {
+            let asked = to.map(|to| format!("what happened until {}", format_time(&to)));
+            return Err(trimmed(address, head, &asked.unwrap_or_default()));
+        }
         Ok((first, last))
     }
 }

@@ -1,6 +1,8 @@
-//! A backend between which and its caller answers are lost.
+//! A backend between which and its caller answers are lost, and at which things happen between two calls.
 
 use std::collections::VecDeque;
+use std::fmt;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -29,9 +31,34 @@ pub enum CommitFault {
     Duplicated,
 }
 
+/// What a backend is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Call {
+    /// To get documents; the kind of the first.
+    Get(Kind),
+    /// A scan of this kind.
+    Scan(Kind),
+    /// A query.
+    Query,
+    /// A commit, after it was applied. Its answer is lost.
+    Commit,
+}
+
+type Deed = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
+
+/// What happens at a call.
+struct Planned {
+    call: Call,
+    /// So many of these calls pass before.
+    passed: u32,
+    again: bool,
+    deed: Deed,
+}
+
 /// A backend that takes its time, counts, and has faults in its commits: the first fault that was given is met by the first commit,
 /// and so on; after the last everything goes through.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct FaultyBackend {
     inner: Arc<dyn Backend>,
     faults: Arc<Mutex<VecDeque<CommitFault>>>,
@@ -39,6 +66,14 @@ pub struct FaultyBackend {
     commits: Arc<AtomicU64>,
     delay: Duration,
     poison: Option<&'static str>,
+    planned: Arc<Mutex<Option<Planned>>>,
+    is_far: bool,
+}
+
+impl fmt::Debug for FaultyBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FaultyBackend").field("inner", &self.inner).finish_non_exhaustive()
+    }
 }
 
 impl FaultyBackend {
@@ -47,7 +82,58 @@ impl FaultyBackend {
         let faults = Arc::new(Mutex::new(faults.into_iter().collect()));
         let is_held = Arc::new(watch::Sender::new(false));
         let (commits, delay, poison) = (Arc::default(), Duration::ZERO, None);
-        Self { inner, faults, is_held, commits, delay, poison }
+        let (planned, is_far) = (Arc::default(), false);
+        Self { inner, faults, is_held, commits, delay, poison, planned, is_far }
+    }
+
+    /// Says that its reads are not cheap, as if they went over a network.
+    #[must_use]
+    pub fn far(self) -> Self {
+        Self { is_far: true, ..self }
+    }
+
+    /// Before the next such call after `passed` of them, this happens, once.
+    pub fn at<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        call: Call,
+        passed: u32,
+        deed: impl Fn() -> F + Send + Sync + 'static,
+    ) {
+        self.plan(call, passed, false, Arc::new(move || Box::pin(deed())));
+    }
+
+    /// Before each such call this happens.
+    pub fn always<F: Future<Output = ()> + Send + 'static>(
+        &self,
+        call: Call,
+        deed: impl Fn() -> F + Send + Sync + 'static,
+    ) {
+        self.plan(call, 0, true, Arc::new(move || Box::pin(deed())));
+    }
+
+    fn plan(&self, call: Call, passed: u32, again: bool, deed: Deed) {
+        let planned = Planned { call, passed, again, deed };
+        *self.planned.lock().unwrap_or_else(PoisonError::into_inner) = Some(planned);
+    }
+
+    fn due(&self, call: Call) -> Option<Deed> {
+        let mut slot = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
+        let planned = slot.as_mut().filter(|planned| planned.call == call)?;
+        if planned.passed > 0 {
+            planned.passed -= 1;
+            return None;
+        }
+        let deed = Arc::clone(&planned.deed);
+        if !planned.again {
+            *slot = None;
+        }
+        Some(deed)
+    }
+
+    async fn come(&self, call: Call) {
+        if let Some(deed) = self.due(call) {
+            deed().await;
+        }
     }
 
     /// Each commit takes so much longer.
@@ -87,10 +173,14 @@ impl FaultyBackend {
 #[async_trait]
 impl Read for FaultyBackend {
     async fn get(&self, keys: &[Key]) -> Result<Vec<Option<Document>>, BackendError> {
+        if let Some(key) = keys.first() {
+            self.come(Call::Get(key.kind)).await;
+        }
         self.inner.get(keys).await
     }
 
     async fn scan(&self, scan: &Scan) -> Result<Page, BackendError> {
+        self.come(Call::Scan(scan.kind)).await;
         self.inner.scan(scan).await
     }
 
@@ -113,6 +203,7 @@ impl Read for FaultyBackend {
     }
 
     async fn query(&self, query: &Query) -> Result<Found, BackendError> {
+        self.come(Call::Query).await;
         self.inner.query(query).await
     }
 
@@ -143,7 +234,16 @@ impl Backend for FaultyBackend {
         };
         let lost = || BackendError::Indeterminate("the answer was lost".into());
         match fault {
-            CommitFault::None => self.inner.commit(writes).await,
+            CommitFault::None => {
+                let committed = self.inner.commit(writes).await;
+                match self.due(Call::Commit) {
+                    Some(deed) => {
+                        deed().await;
+                        Err(lost())
+                    }
+                    None => committed,
+                }
+            }
             CommitFault::Unavailable => Err(BackendError::Unavailable("not now".into())),
             CommitFault::LostRequest => Err(lost()),
             CommitFault::LostAnswer => {
@@ -175,7 +275,9 @@ impl Backend for FaultyBackend {
     }
 
     fn limits(&self) -> Limits {
-        self.inner.limits()
+        let mut limits = self.inner.limits();
+        limits.reads_are_cheap &= !self.is_far;
+        limits
     }
 
     fn identity(&self) -> Identity {

@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::keys::Address;
 use crate::replay::Link;
 use crate::schema;
-use crate::transition::{Head, PURGE_CONTEXT};
+use crate::transition::{Head, is_purge};
 
 /// The log of one state while it is proved. After each problem it goes on with the next event.
 pub(super) struct Log<'a, Saved: Iterator<Item = Change>> {
@@ -79,7 +79,7 @@ impl<Saved: Iterator<Item = Change>> Log<'_, Saved> {
                 .head
                 .cut_snapshot()
                 .is_some_and(|cut| self.head.snapshot_versions.contains(&cut));
-            if !is_vouched && !change.metadata.context.contains_key(PURGE_CONTEXT) {
+            if !is_vouched && !is_purge(&change) {
                 let reason =
                     "history begins here, and neither a saved snapshot nor a purge says why";
                 proof.problem(Rule::CutIsVouched, self.place(), Some(version), reason);

@@ -2,7 +2,6 @@
 
 #![allow(dead_code, clippy::unwrap_used)]
 
-pub(crate) mod between;
 pub(crate) mod copies;
 
 use serde_json::{Value, json};
