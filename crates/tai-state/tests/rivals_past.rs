@@ -166,6 +166,34 @@ async fn a_late_recovery_overwrites_nothing() {
     }
 }
 
+/// A step of a clean-up that was slow to arrive undoes nothing of what another handle wrote meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_clean_up_overwrites_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, backend) in every_backend(folder.path()).await {
+        let writer = fill(&backend, "s", 12).await;
+        let slow = FaultyBackend::new(Arc::clone(&backend), []);
+        slow.hold();
+        let late = on(Arc::new(slow.clone()));
+        let late = tokio::spawn(async move {
+            let options = CleanupOptions::older_than(Duration::ZERO).keep_versions(3);
+            late.cleanup("g", &options, |_| {}).await.unwrap()
+        });
+        while slow.commits() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let version = writer.save_state("g", "s", snapshot("s", json!("new")), why()).await;
+        assert_eq!(version.unwrap(), 13, "{name}");
+        slow.let_go();
+        assert_eq!(late.await.unwrap().events, 9, "{name}");
+        // By the head alone: loading would make it anew from the log.
+        let fresh = StateStore::with_backend(Arc::clone(&backend), StoreOptions::default());
+        let (state, _) = fresh.get_state("g", "s").await.unwrap();
+        assert_eq!((state.version, state.data), (13, json!("new")), "{name}");
+        proved(&backend).await;
+    }
+}
+
 /// The holder of a lock cleans up while its lease is renewed; who has lost it removes nothing more.
 #[tokio::test(flavor = "multi_thread")]
 async fn fences_hold_for_clean_ups() {
