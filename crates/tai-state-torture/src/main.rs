@@ -1,0 +1,41 @@
+//! Does to tai-state what machines, networks and people do, and counts what it loses.
+//!
+//! Every subcommand is one kind of harm. It has a seed, a control that must fail, a least amount of
+//! traffic, and ends with one line of figures. See `docs/torture.md`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods
+)]
+
+mod args;
+mod kill;
+mod page;
+mod random;
+mod record;
+mod run;
+mod tool;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use args::{Args, Command};
+use run::Run;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let harm = match args.command {
+        Command::Page { check } => return page::write(check),
+        Command::Harm(harm) => harm,
+    };
+    let run = Run::new(&args, harm);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let verdict = run.judge(|run| runtime.block_on(harm.done_to(run)));
+    // What still hangs must not keep the verdict back.
+    runtime.shutdown_background();
+    verdict
+}
