@@ -53,10 +53,13 @@ impl Tier {
     }
 }
 
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, Subcommand)]
 pub(crate) enum Command {
     #[command(flatten)]
     Harm(Harm),
+    /// The writer of a control: it acknowledges too early.
+    #[command(hide = true)]
+    HastyWriter { file: PathBuf },
     /// Write docs/torture.md anew from what was recorded.
     Page {
         /// Only say whether it is up to date.

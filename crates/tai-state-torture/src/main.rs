@@ -28,12 +28,16 @@ use run::Run;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let harm = match args.command {
-        Command::Page { check } => return page::write(check),
-        Command::Harm(harm) => harm,
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let harm = match &args.command {
+        Command::Page { check } => return page::write(*check),
+        Command::HastyWriter { file } => {
+            runtime.block_on(kill::hasty_writer(file));
+            return ExitCode::SUCCESS;
+        }
+        Command::Harm(harm) => *harm,
     };
     let run = Run::new(&args, harm);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let verdict = run.judge(|run| runtime.block_on(harm.done_to(run)));
     // What still hangs must not keep the verdict back.
     runtime.shutdown_background();

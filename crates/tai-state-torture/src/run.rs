@@ -28,8 +28,8 @@ impl Run {
             tool::use_binary(binary);
         }
         let seed = args.seed.unwrap_or_else(Random::fresh_seed);
-        let Args { tier, size, only, .. } = *args;
-        Self { harm, seed, tier, size, only, record: args.record.clone() }
+        let Args { tier, size, only, record, .. } = args;
+        Self { harm, seed, tier: *tier, size: *size, only: *only, record: record.clone() }
     }
 
     /// How much is done: what the tier says, unless the command line says otherwise.
