@@ -73,18 +73,22 @@ pub(crate) enum Command {
 pub(crate) enum Harm {
     /// SIGKILL at random moments, creation included.
     Kill,
+    /// Damage to the file and to its log.
+    Corrupt,
 }
 
 impl Harm {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Kill => "kill",
+            Self::Corrupt => "corrupt",
         }
     }
 
     pub(crate) async fn done_to(self, run: &Run) -> Tally {
         match self {
             Self::Kill => crate::kill::run(run),
+            Self::Corrupt => crate::corrupt::run(run).await,
         }
     }
 }

@@ -12,6 +12,7 @@
 )]
 
 mod args;
+mod corrupt;
 mod kill;
 mod page;
 mod random;
