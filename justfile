@@ -18,7 +18,14 @@ ci:
 bench *ARGS:
     cargo bench -p tai-state --bench embedded -- {{ARGS}}
 
-# Longer runs of the tests that draw their cases.
-torture ROUNDS="1000":
-    TAI_STATE_ROUNDS={{ROUNDS}} cargo test --release -p tai-state --test damage -- --nocapture
-    TAI_STATE_ROUNDS={{ROUNDS}} cargo test --release -p tai-state-cli --test kill -- --nocapture nothing_acknowledged
+# Everything that is done to the store, at length (TIER=short: in minutes), and docs/torture.md made anew.
+torture TIER="long":
+    #!/usr/bin/env bash
+    set -u
+    cargo build --release -p tai-state-torture || exit
+    failed=0
+    for harm in $(cargo run --quiet --release -p tai-state-torture -- harms); do
+        cargo run --quiet --release -p tai-state-torture -- "$harm" --tier {{TIER}} --record docs/torture/results.jsonl || failed=1
+    done
+    cargo run --quiet --release -p tai-state-torture -- page
+    exit "$failed"

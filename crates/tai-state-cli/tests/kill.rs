@@ -1,11 +1,10 @@
-//! SIGKILL at a random moment: what was acknowledged is there, and the store opens and proves.
+//! The real import, killed at random moments; and several processes on one state.
 
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods)]
 
 mod common;
 
-use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -27,54 +26,6 @@ fn killed(store: &Store, args: &[&str], after: Duration) -> Vec<Value> {
     child.kill().unwrap();
     child.wait().unwrap();
     reader.join().unwrap()
-}
-
-#[test]
-fn nothing_acknowledged_is_lost() {
-    let rounds: u64 =
-        std::env::var("TAI_STATE_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
-    let mut random = Random::announced("kill");
-    let mut total = 0;
-    let mut early = 0;
-    for round in 0..rounds {
-        // A new store each time, so that its creation is hit too.
-        let store = Store::new();
-        let mut highest: HashMap<String, u64> = HashMap::new();
-        // Twice on the same file: the second run starts from what the first kill left.
-        for _ in 0..2 {
-            let most = if random.below(3) == 0 { 10_000 } else { 300_000 };
-            let after = Duration::from_micros(random.below(most));
-            early += u64::from(after < Duration::from_millis(10));
-            let args = ["demo-writer", "--tasks", "4", "--machines", "3"];
-            for ack in killed(&store, &args, after) {
-                let state = ack["state"].as_str().unwrap().to_owned();
-                let version = ack["version"].as_u64().unwrap();
-                let before = highest.insert(state, version);
-                assert!(before.is_none_or(|before| before < version), "versions fall");
-                total += 1;
-            }
-            if !store.file.exists() {
-                assert!(highest.is_empty(), "acknowledged without a file");
-                continue;
-            }
-            store.verified();
-            for (state, version) in &highest {
-                let found = store.json(&["get", &format!("orders/{state}")]).ok().json();
-                let has = found["version"].as_u64().unwrap();
-                assert!(
-                    has >= *version,
-                    "round {round}: {state} v{version} was acknowledged, v{has} is there"
-                );
-            }
-        }
-        // Nothing is left of a creation that was cut off, but for a file that says what it is.
-        for entry in std::fs::read_dir(store.folder.path()).unwrap() {
-            let name = entry.unwrap().file_name().into_string().unwrap();
-            assert!(name.starts_with("store.tai") || name.starts_with(".tai-state-"), "{name}");
-        }
-    }
-    println!("{rounds} rounds of two kills, {early} within 10 ms, {total} acknowledged, 0 lost");
-    assert!(total > rounds * 10, "hardly anything was written: the test shows nothing");
 }
 
 /// The real import, killed again and again, ends with the same store as one that was left alone.

@@ -60,6 +60,8 @@ pub(crate) enum Command {
     /// The writer of a control: it acknowledges too early.
     #[command(hide = true)]
     HastyWriter { file: PathBuf },
+    /// Name all subcommands that do harm, one a line.
+    Harms,
     /// Write docs/torture.md anew from what was recorded.
     Page {
         /// Only say whether it is up to date.
@@ -75,6 +77,8 @@ pub(crate) enum Harm {
     Kill,
     /// Damage to the file and to its log.
     Corrupt,
+    /// The tests elsewhere that draw their cases: only runs them and keeps what they say.
+    Drawn,
 }
 
 impl Harm {
@@ -82,6 +86,7 @@ impl Harm {
         match self {
             Self::Kill => "kill",
             Self::Corrupt => "corrupt",
+            Self::Drawn => "drawn",
         }
     }
 
@@ -89,6 +94,7 @@ impl Harm {
         match self {
             Self::Kill => crate::kill::run(run),
             Self::Corrupt => crate::corrupt::run(run).await,
+            Self::Drawn => crate::drawn::run(run),
         }
     }
 }

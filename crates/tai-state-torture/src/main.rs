@@ -13,6 +13,7 @@
 
 mod args;
 mod corrupt;
+mod drawn;
 mod kill;
 mod page;
 mod random;
@@ -31,6 +32,13 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let harm = match &args.command {
+        Command::Harms => {
+            use clap::Subcommand as _;
+            for harm in args::Harm::augment_subcommands(clap::Command::new("")).get_subcommands() {
+                println!("{}", harm.get_name());
+            }
+            return ExitCode::SUCCESS;
+        }
         Command::Page { check } => return page::write(*check),
         Command::HastyWriter { file } => {
             runtime.block_on(kill::hasty_writer(file));

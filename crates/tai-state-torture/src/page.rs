@@ -47,6 +47,9 @@ fn figures(records: &[Record]) -> String {
         for (what, caught, of) in &record.controls {
             let _ = writeln!(text, "Control, which must be noticed: {what}: {caught} of {of}.\n");
         }
+        if !record.notes.is_empty() {
+            let _ = writeln!(text, "```text\n{}\n```\n", record.notes.join("\n"));
+        }
         for why in &record.skipped {
             let _ = writeln!(text, "Skipped: {why}\n");
         }

@@ -25,6 +25,8 @@ pub(crate) struct Record {
     pub(crate) controls: Vec<(String, u64, u64)>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) skipped: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) notes: Vec<String>,
     pub(crate) replay: String,
 }
 
@@ -57,6 +59,7 @@ pub(crate) fn append(file: &Path, run: &Run, tally: &Tally, verdict: Verdict, to
         counts: tally.counts().to_vec(),
         controls: tally.controls.iter().map(|c| (c.what.clone(), c.caught, c.of)).collect(),
         skipped: tally.skipped.clone(),
+        notes: tally.notes.clone(),
         replay: run.replay(),
     };
     let mut file = OpenOptions::new().create(true).append(true).open(file).unwrap();

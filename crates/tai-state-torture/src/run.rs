@@ -131,6 +131,7 @@ pub(crate) struct Tally {
     pub(crate) controls: Vec<Control>,
     broken: Vec<String>,
     pub(crate) skipped: Vec<String>,
+    pub(crate) notes: Vec<String>,
 }
 
 impl Tally {
@@ -185,6 +186,13 @@ impl Tally {
         !self.broken.is_empty()
     }
 
+    /// A line of figures that is kept as it is.
+    pub(crate) fn note(&mut self, line: impl Into<String>) {
+        let line = line.into();
+        println!("  {line}");
+        self.notes.push(line);
+    }
+
     /// A part of the run that needs what this machine has not.
     pub(crate) fn skip(&mut self, why: impl Into<String>) {
         let why = why.into();
@@ -216,6 +224,7 @@ impl Tally {
         }
         self.broken.extend(other.broken);
         self.skipped.extend(other.skipped);
+        self.notes.extend(other.notes);
     }
 
     fn too_little(&self) -> Vec<String> {
