@@ -34,7 +34,7 @@ impl Point {
         Self::parse_at(text, SystemClock.now())
     }
 
-    fn parse_at(text: &str, now: DateTime<Utc>) -> Outcome<Self> {
+    pub(crate) fn parse_at(text: &str, now: DateTime<Utc>) -> Outcome<Self> {
         let wrong = || {
             Failure::usage(format!("{text:?} is not a point in time"))
                 .hint("write v42, 2026-11-22T15:00:00Z, or -15m")

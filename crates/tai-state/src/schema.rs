@@ -18,7 +18,7 @@ use crate::clock_vector::VectorClockSnapshot;
 use crate::error::{Error, Result};
 use crate::keys::Address;
 use crate::state::ChangeMetadata;
-use crate::transition::{Head, Transition, is_purge};
+use crate::transition::{Head, MAX_COUNTER, Transition, is_purge};
 
 pub(crate) use beside::{Answered, Command, command_body, lease_body, read_command, read_lease};
 
@@ -310,7 +310,11 @@ pub(crate) fn read_head(address: &Address, document: &Document) -> Result<Head> 
     let said = read.notes_hash;
     let change = change(address, document, read)?;
     let head = Head { change, snapshot_versions, first_version, oldest_version };
-    if said != Some(notes_hash(&head)) {
+    let is_ordered = 1 <= oldest_version
+        && oldest_version <= first_version
+        && first_version <= head.version()
+        && head.snapshot_versions.iter().all(|version| (1..=head.version()).contains(version));
+    if said != Some(notes_hash(&head)) || !is_ordered {
         return Err(Error::corrupt(
             document.key.to_string(),
             "its notes about saved snapshots or the oldest event are not what was written",
@@ -376,8 +380,9 @@ fn change(address: &Address, document: &Document, read: ChangeIn) -> Result<Chan
         prev_hash: read.prev_hash,
         hash: read.hash,
     };
-    if change.version == 0 {
-        return Err(Error::corrupt(document.key.to_string(), "it says that it is version 0"));
+    if !(1..=MAX_COUNTER).contains(&change.version) {
+        let reason = format!("it says that it is version {}", change.version);
+        return Err(Error::corrupt(document.key.to_string(), reason));
     }
     change.check(document.key.kind.as_str())?;
     Ok(change)

@@ -59,7 +59,9 @@ impl FromStr for StoreUrl {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let refuse = |reason: &str| Err(Error::refused(format!("the store URL {text:?}"), reason));
+        let refuse = |reason: &str| {
+            Err(Error::refused(format!("the store URL {:?}", without_secrets(text)), reason))
+        };
         if text.is_empty() {
             return refuse("it is empty");
         }
@@ -69,6 +71,9 @@ impl FromStr for StoreUrl {
         let Some((scheme, rest)) = scheme(text) else {
             return Ok(Self::File { path: text.into() });
         };
+        if scheme.starts_with("firestore") && rest.contains('@') {
+            return refuse("a store's URL holds no credentials: Google's own are looked for");
+        }
         match scheme {
             "mem" if rest.is_empty() => Ok(Self::Memory),
             "mem" => refuse("`mem:` takes nothing behind it"),
@@ -128,6 +133,29 @@ fn scheme(text: &str) -> Option<(&str, &str)> {
         && scheme.starts_with(|c: char| c.is_ascii_alphabetic())
         && scheme.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'));
     is_scheme.then_some((scheme, rest))
+}
+
+/// The text as errors show it: whoever takes this for another program's URL may have put a password before
+/// an `@`, or a key into a query.
+fn without_secrets(text: &str) -> String {
+    let (scheme, rest) = scheme(text)
+        .and_then(|(scheme, _)| text.split_at_checked(scheme.len() + 1))
+        .unwrap_or(("", text));
+    let slashes = if rest.starts_with("//") { "//" } else { "" };
+    let rest = rest.strip_prefix(slashes).unwrap_or(rest);
+    let (user, rest) = match rest.rsplit_once('@') {
+        Some((_, host)) => ("…@", host),
+        None => ("", rest),
+    };
+    let is_secret = |c| matches!(c, '?' | '#');
+    let (rest, query) = match rest.split_once(is_secret) {
+        Some((path, prefix)) if prefix.starts_with("prefix=") && !prefix.contains('&') => {
+            (path, format!("?{prefix}"))
+        }
+        Some((path, _)) => (path, "?…".to_owned()),
+        None => (rest, String::new()),
+    };
+    format!("{scheme}{slashes}{user}{rest}{query}")
 }
 
 /// What stands behind `//`, and the one parameter that is known.
@@ -210,6 +238,24 @@ mod tests {
             "a\0b",
         ] {
             assert_eq!(text.parse::<StoreUrl>().unwrap_err().code(), "invalid_state", "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_tells_no_secret() {
+        for (text, shown) in [
+            ("redis://ada:s3cr3t@host:6379/0", "redis://…@host:6379/0"),
+            ("redis://ada:s3/c?r@3t@host", "redis://…@host"),
+            ("ada:s3cr3t@host", "ada:…@host"),
+            ("\0x://ada:s3cr3t@host", "…@host"),
+            ("firestore+emulator://ada:s3cr3t@h:80/p", "firestore+emulator://…@h:80/p"),
+            ("firestore://p?key=s3cr3t", "firestore://p?…"),
+            ("firestore://p/#s3cr3t", "firestore://p/?…"),
+            ("firestore://p?prefix=a/b", "firestore://p?prefix=a/b"),
+            ("http://x", "http://x"),
+        ] {
+            let error = text.parse::<StoreUrl>().unwrap_err().to_string();
+            assert!(error.contains(&format!("{shown:?}")), "{text}: {error}");
         }
     }
 

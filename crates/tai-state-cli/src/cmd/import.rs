@@ -182,14 +182,14 @@ async fn checked(global: &Global, path: &Path) -> Outcome<Source> {
 }
 
 /// A transition of the input.
-struct Read {
-    number: u64,
-    line: TransitionLine,
-    bytes: usize,
+pub(crate) struct Read {
+    pub(crate) number: u64,
+    pub(crate) line: TransitionLine,
+    pub(crate) bytes: usize,
 }
 
 /// The next transition of the input, checked as far as it can be without the store.
-fn next(lines: &mut Lines) -> Outcome<Option<Read>> {
+pub(crate) fn next(lines: &mut Lines) -> Outcome<Option<Read>> {
     let Some(line) = lines.next()? else { return Ok(None) };
     let number = line.number;
     let text = line.text.to_owned();

@@ -35,7 +35,12 @@ impl Lines {
         } else {
             Box::new(File::open(path).map_err(failed)?)
         };
-        let mut plain = plain;
+        Self::of(plain, name)
+    }
+
+    /// Lines of what gives bytes; `name` stands for it in errors.
+    pub(crate) fn of(mut plain: Box<dyn Read + Send>, name: String) -> Outcome<Self> {
+        let failed = |error: io::Error| failure::io(&name, &error);
         // A slow pipe may give one byte at a time.
         let mut first = Vec::with_capacity(2);
         plain.by_ref().take(2).read_to_end(&mut first).map_err(failed)?;

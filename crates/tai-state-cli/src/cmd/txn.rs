@@ -18,20 +18,20 @@ use crate::{address, output};
 /// One line in.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Request {
+pub(crate) struct Request {
     #[serde(default)]
-    id: Value,
-    ops: Vec<Op>,
+    pub(crate) id: Value,
+    pub(crate) ops: Vec<Op>,
     #[serde(default)]
-    actor: Option<String>,
+    pub(crate) actor: Option<String>,
     #[serde(default)]
-    reason: String,
+    pub(crate) reason: String,
 }
 
 /// One step of a transaction.
 #[derive(Debug, Clone, Deserialize, Serialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
-enum Op {
+pub(crate) enum Op {
     Get { state: String, expect: Option<u64> },
     Put { state: String, data: Value, expect: Option<u64> },
     Merge { state: String, data: Value, expect: Option<u64> },
@@ -41,7 +41,7 @@ enum Op {
 }
 
 impl Op {
-    fn target(&self) -> (&'static str, &str, Option<u64>) {
+    pub(crate) fn target(&self) -> (&'static str, &str, Option<u64>) {
         match self {
             Self::Get { state, expect } => ("get", state, *expect),
             Self::Put { state, expect, .. } => ("put", state, *expect),
@@ -122,7 +122,7 @@ fn joined(done: Result<Outcome, tokio::task::JoinError>) -> Outcome {
 }
 
 /// One line, or why it is none, and the id that it has all the same.
-fn parse(text: &str, number: u64) -> Result<Request, Box<(Value, Failure)>> {
+pub(crate) fn parse(text: &str, number: u64) -> Result<Request, Box<(Value, Failure)>> {
     let place = format!("line {number}");
     let value =
         strict::parse(text, &place).map_err(|error| Box::new((Value::Null, error.into())))?;

@@ -13,6 +13,9 @@ use crate::clock::{Moment, to_micros};
 use crate::error::{Error, Result};
 use crate::lease::Lease;
 
+/// What both backends hold; later than this nothing is.
+const LATEST: u64 = i64::MAX as u64;
+
 /// A lock. `held`, `clock` and `clock_micros` are what is judged; the times are for people.
 #[derive(Serialize, Deserialize)]
 struct LeaseBody {
@@ -43,8 +46,7 @@ pub(crate) fn lease_body(resource: &str, lease: &Lease) -> Result<Body> {
         lost_token: lease.lost_token,
         lease_ms: u64::try_from(lease.lease.as_millis()).unwrap_or(u64::MAX),
         clock: lease.ends.epoch.clone(),
-        // What both backends hold; later than this nothing is.
-        clock_micros: lease.ends.micros.min(i64::MAX as u64),
+        clock_micros: lease.ends.micros.min(LATEST),
         acquired_at: format_time(&lease.acquired_at),
         expires_at: format_time(&lease.expires_at),
     };
@@ -69,7 +71,7 @@ pub(crate) fn read_lease(document: &Document) -> Result<Lease> {
         broken: read.broken,
         lost_token: read.lost_token,
         lease: Duration::from_millis(read.lease_ms),
-        ends: Moment { epoch: read.clock, micros: read.clock_micros },
+        ends: Moment { epoch: read.clock, micros: read.clock_micros.min(LATEST) },
         acquired_at: time(document, &read.acquired_at)?,
         expires_at: time(document, &read.expires_at)?,
     })
@@ -129,7 +131,7 @@ pub(crate) fn command_body(key: &str, command: &Command, now: DateTime<Utc>) -> 
 pub(crate) fn read_command(document: &Document) -> Result<Command> {
     let read: CommandBody = parse(document)?;
     refuse_newer(document, read.format)?;
-    let expires_at = time(document, &read.expires_at)?;
+    let expires_at = to_micros(time(document, &read.expires_at)?);
     Ok(Command { id: read.id, request: read.request, answer: read.answer, expires_at })
 }
 

@@ -1,12 +1,17 @@
 //! What tests of a backend need: the contract as a list of behaviours, and backends that are broken
 //! on purpose, to show that the list notices; a backend whose answers are lost; and, for the
-//! Firestore backend, Google's emulator and a proxy before it that loses, delays and repeats.
+//! Firestore backend, Google's emulator and a proxy before it that loses, delays and repeats. And fuzz
+//! targets: what must hold for any input.
 
 pub mod broken;
 pub mod conformance;
 #[cfg(all(unix, feature = "testing", feature = "firestore"))]
 pub mod emulator;
 pub mod faults;
+#[cfg(feature = "testing")]
+pub mod fuzz;
+#[cfg(feature = "testing")]
+pub mod program;
 #[cfg(all(feature = "testing", feature = "firestore"))]
 pub mod proxy;
 

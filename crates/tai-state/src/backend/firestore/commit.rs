@@ -111,7 +111,10 @@ fn native(place: &Place, write: &Write) -> Result<proto::Write, BackendError> {
     })
 }
 
-fn revisions(writes: &[Write], answer: CommitResponse) -> Result<Committed, BackendError> {
+pub(super) fn revisions(
+    writes: &[Write],
+    answer: CommitResponse,
+) -> Result<Committed, BackendError> {
     // It was applied; an answer that does not fit must not look like a refusal.
     let odd =
         || BackendError::Indeterminate("the commit's answer has not the form it should".into());

@@ -23,6 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use super::channel::{Lent, Line, Unusable};
+use super::place::Place;
 use super::query;
 use super::read::{failed, revision};
 use super::status::Call;
@@ -172,7 +173,7 @@ async fn run(line: Arc<Line>, scope: Scope, bell: Arc<Bell>, ready: Ready) {
 
 /// What the target's documents were at the last complete picture.
 #[derive(Debug, Default)]
-struct Picture {
+pub(super) struct Picture {
     known: HashMap<Name, Revision>,
     seen: HashMap<Name, Revision>,
     is_complete: bool,
@@ -182,7 +183,7 @@ struct Picture {
 
 impl Picture {
     /// What comes now is told from scratch.
-    fn begin(&mut self) {
+    pub(super) fn begin(&mut self) {
         self.seen.clear();
         self.is_reset = true;
         self.is_complete = false;
@@ -199,7 +200,7 @@ impl Picture {
     }
 
     /// Takes over what was seen, and says which documents are not as they were.
-    fn settle(&mut self) -> BTreeSet<Name> {
+    pub(super) fn settle(&mut self) -> BTreeSet<Name> {
         let mut changed = BTreeSet::new();
         for (name, revision) in &self.seen {
             if self.known.get(name) != Some(revision) {
@@ -253,7 +254,7 @@ async fn follow(
             Ok(None) => return ended(Status::unavailable("the stream ended")),
             Err(status) => return ended(status),
         };
-        match take(line, scope, answer, picture) {
+        match take(line.place(), scope, answer, picture) {
             Err(status) => return ended(status),
             Ok(false) => {}
             Ok(true) => {
@@ -308,14 +309,14 @@ async fn open(line: &Arc<Line>, lent: &Lent, scope: &Scope) -> Result<Opened, St
 }
 
 /// Takes one answer in; `true` when the picture is complete.
-fn take(
-    line: &Line,
+pub(super) fn take(
+    place: &Place,
     scope: &Scope,
     answer: ListenResponse,
     picture: &mut Picture,
 ) -> Result<bool, Status> {
     let name = |resource: &str| {
-        let key = line.place().key(resource)?;
+        let key = place.key(resource)?;
         (key.governor == scope.governor && key.kind == scope.kind).then_some(key.name)
     };
     match answer.response_type {

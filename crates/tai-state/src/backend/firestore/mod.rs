@@ -19,6 +19,8 @@
 mod auth;
 mod channel;
 mod commit;
+#[cfg(feature = "testing")]
+pub(crate) mod fuzz;
 mod listen;
 mod meta;
 mod place;

@@ -15,11 +15,13 @@ use proto::structured_aggregation_query::{Aggregation, QueryType as Counted, agg
 use proto::value::ValueType;
 use proto::{
     BatchGetDocumentsRequest, BatchGetDocumentsResponse, DocumentMask, ListDocumentsRequest,
-    RunAggregationQueryRequest, RunQueryRequest, StructuredAggregationQuery, StructuredQuery,
+    RunAggregationQueryRequest, RunAggregationQueryResponse, RunQueryRequest, RunQueryResponse,
+    StructuredAggregationQuery, StructuredQuery,
 };
 use tonic::{Status, Streaming};
 
 use super::channel::{Line, Unusable};
+use super::place::Place;
 use super::status::{Call, meaning};
 use super::{query, value};
 use crate::backend::{
@@ -158,26 +160,7 @@ impl Reader {
             let answered = self.line.call(
                 || message.clone(),
                 |mut client, request| async move {
-                    let mut answers = client.run_query(request).await?.into_inner();
-                    let (mut found, mut time, mut bytes) = (Vec::new(), None, 0usize);
-                    let mut is_answered = false;
-                    while let Some(answer) = answers.message().await? {
-                        is_answered = true;
-                        time = later(time, answer.read_time);
-                        if let Some(document) = answer.document {
-                            bytes += prost::Message::encoded_len(&document);
-                            found.push(document);
-                            if bytes > PAGE_BYTES {
-                                return Ok((found, time, true));
-                            }
-                        }
-                    }
-                    // Also what finds nothing is answered, with a time. (An end without gRPC's trailers
-                    // is an error of the client's library.)
-                    if !is_answered {
-                        return Err(Status::unavailable("the query was not answered"));
-                    }
-                    Ok((found, time, false))
+                    gather(client.run_query(request).await?.into_inner()).await
                 },
             );
             let (found, time, cut_off) = answered.await.map_err(failed(Call::Query))?;
@@ -186,16 +169,8 @@ impl Reader {
         .await
     }
 
-    fn document(&self, document: proto::Document) -> Result<Document, BackendError> {
-        let proto::Document { name, fields, update_time, .. } = document;
-        let corrupt = |reason| BackendError::Corrupt { location: name.clone(), reason };
-        let key = self.line.place().key(&name);
-        let key = key.ok_or_else(|| corrupt("no tai-state store writes such a name".into()))?;
-        let revision = revision(update_time.as_ref());
-        let revision =
-            revision.ok_or_else(|| corrupt("it has no time of its last change".into()))?;
-        let body = value::to_text(fields).map_err(corrupt)?;
-        Ok(Document { key, body: Body::from_text(body), revision })
+    fn document(&self, found: proto::Document) -> Result<Document, BackendError> {
+        document(self.line.place(), found)
     }
 
     /// With this token a list goes on after this name, or somewhat before it.
@@ -430,42 +405,30 @@ impl Read for Reader {
                 (place.root(), query::between(collection, true, start, end, None))
             }
         };
-        let counted = StructuredAggregationQuery {
+        let asked = StructuredAggregationQuery {
             aggregations: vec![Aggregation {
                 alias: COUNT.into(),
                 operator: Some(aggregation::Operator::Count(aggregation::Count { up_to: None })),
             }],
             query_type: Some(Counted::StructuredQuery(query)),
         };
-        let (parent, counted) = (&parent, &counted);
+        let (parent, asked) = (&parent, &asked);
         self.at(|time| async move {
             let message = RunAggregationQueryRequest {
                 parent: parent.clone(),
-                query_type: Some(Count::StructuredAggregationQuery(counted.clone())),
+                query_type: Some(Count::StructuredAggregationQuery(asked.clone())),
                 consistency_selector: time.map(CountAt::ReadTime),
                 ..RunAggregationQueryRequest::default()
             };
             let answered = self.line.call(
                 || message.clone(),
                 |mut client, request| async move {
-                    let mut answers = client.run_aggregation_query(request).await?.into_inner();
-                    let (mut count, mut time) = (None, None);
-                    while let Some(answer) = answers.message().await? {
-                        time = later(time, answer.read_time);
-                        let fields: Option<BTreeMap<_, _>> =
-                            answer.result.map(|r| r.aggregate_fields);
-                        count = count.or(fields.and_then(|mut fields| fields.remove(COUNT)));
-                    }
-                    Ok((count, time))
+                    counted(client.run_aggregation_query(request).await?.into_inner()).await
                 },
             );
             let (count, time) = answered.await.map_err(failed(Call::Query))?;
-            match count.and_then(|value| value.value_type) {
-                Some(ValueType::IntegerValue(count)) => {
-                    Ok((u64::try_from(count).unwrap_or(0), time))
-                }
-                _ => Err(BackendError::Unavailable("the service did not say a count".into())),
-            }
+            let silent = || BackendError::Unavailable("the service did not say a count".into());
+            Ok((count.ok_or_else(silent)?, time))
         })
         .await
     }
@@ -477,7 +440,7 @@ const EPOCH: &str = "firestore";
 
 /// The documents of one answer and of when they are; no documents when they are more than so many
 /// bytes.
-async fn collect(
+pub(super) async fn collect(
     mut answers: Streaming<BatchGetDocumentsResponse>,
     names: &[String],
     most: usize,
@@ -507,6 +470,60 @@ async fn collect(
         return Err(Status::unavailable(format!("{} answers are missing", unanswered.len())));
     }
     Ok((Some(found), time))
+}
+
+/// What a query has found; `true` when the page is full before its end.
+pub(super) async fn gather(
+    mut answers: Streaming<RunQueryResponse>,
+) -> Result<(Vec<proto::Document>, Option<Timestamp>, bool), Status> {
+    let (mut found, mut time, mut bytes) = (Vec::new(), None, 0usize);
+    let mut is_answered = false;
+    while let Some(answer) = answers.message().await? {
+        is_answered = true;
+        time = later(time, answer.read_time);
+        if let Some(document) = answer.document {
+            bytes += prost::Message::encoded_len(&document);
+            found.push(document);
+            if bytes > PAGE_BYTES {
+                return Ok((found, time, true));
+            }
+        }
+    }
+    // Also what finds nothing is answered, with a time. (An end without gRPC's trailers is an error of
+    // the client's library.)
+    if !is_answered {
+        return Err(Status::unavailable("the query was not answered"));
+    }
+    Ok((found, time, false))
+}
+
+/// What was counted, if the answers say so.
+pub(super) async fn counted(
+    mut answers: Streaming<RunAggregationQueryResponse>,
+) -> Result<(Option<u64>, Option<Timestamp>), Status> {
+    let (mut count, mut time) = (None, None);
+    while let Some(answer) = answers.message().await? {
+        time = later(time, answer.read_time);
+        let fields: Option<BTreeMap<_, _>> = answer.result.map(|r| r.aggregate_fields);
+        count = count.or(fields.and_then(|mut fields| fields.remove(COUNT)));
+    }
+    let count = match count.and_then(|value| value.value_type) {
+        Some(ValueType::IntegerValue(count)) => Some(u64::try_from(count).unwrap_or(0)),
+        _ => None,
+    };
+    Ok((count, time))
+}
+
+/// A document as it was answered.
+pub(super) fn document(place: &Place, found: proto::Document) -> Result<Document, BackendError> {
+    let proto::Document { name, fields, update_time, .. } = found;
+    let corrupt = |reason| BackendError::Corrupt { location: name.clone(), reason };
+    let key = place.key(&name);
+    let key = key.ok_or_else(|| corrupt("no tai-state store writes such a name".into()))?;
+    let revision = revision(update_time.as_ref());
+    let revision = revision.ok_or_else(|| corrupt("it has no time of its last change".into()))?;
+    let body = value::to_text(fields).map_err(corrupt)?;
+    Ok(Document { key, body: Body::from_text(body), revision })
 }
 
 /// The later of two times: what was told before holds up to it.

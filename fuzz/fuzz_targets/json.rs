@@ -1,0 +1,3 @@
+//! json: see `tai_state::testing::fuzz`.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| tai_state::testing::fuzz::run("json", bytes));

@@ -1,0 +1,3 @@
+//! points: see `tai_state_cli::fuzz`.
+#![no_main]
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| tai_state_cli::fuzz::run("points", bytes));
