@@ -70,18 +70,34 @@ pub(crate) enum Command {
 pub(crate) enum Harm {
     /// SIGKILL at random moments, creation included.
     Kill,
+    /// Money moved under contention and faults; counters that must count.
+    Bank,
+    /// Lists appended to by transactions, judged by two checkers.
+    Append,
+    /// Holders that are stopped, killed, or have a wrong clock.
+    Locks,
+    /// All of it at once, for as long as is wanted.
+    Soak,
 }
 
 impl Harm {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Kill => "kill",
+            Self::Bank => "bank",
+            Self::Append => "append",
+            Self::Locks => "locks",
+            Self::Soak => "soak",
         }
     }
 
     pub(crate) async fn done_to(self, run: &Run) -> Tally {
         match self {
             Self::Kill => crate::kill::run(run),
+            Self::Bank => crate::bank::run(run).await,
+            Self::Append => crate::append::run(run).await,
+            Self::Locks => crate::locks::run(run).await,
+            Self::Soak => crate::soak::run(run).await,
         }
     }
 }

@@ -11,13 +11,20 @@
     clippy::disallowed_methods
 )]
 
+mod append;
 mod args;
+mod bank;
+mod engine;
 mod kill;
+mod locks;
 mod page;
+mod process;
 mod random;
 mod record;
 mod run;
+mod soak;
 mod tool;
+mod versions;
 
 use std::process::ExitCode;
 

@@ -35,4 +35,8 @@ macro_rules! short_tier {
 
 short_tier! {
     kill => "kill",
+    bank => "bank",
+    append => "append",
+    locks => "locks",
+    soak => "soak",
 }
