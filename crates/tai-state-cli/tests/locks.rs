@@ -1,19 +1,15 @@
 //! Locks of the command line as a contract: output, exit codes, what becomes of the command that runs
-//! under one. What they keep of a paused holder is in the modules.
+//! under one. What they keep when holders are stopped is what `tai-state-torture locks` asks.
 
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, clippy::disallowed_methods)]
 
 #[macro_use]
 mod common;
-#[path = "locks/counter.rs"]
-mod counter;
-#[path = "locks/grants.rs"]
-mod grants;
+// The harness uses all of it.
+#[allow(dead_code)]
 #[path = "locks/tree.rs"]
 mod tree;
-#[path = "locks/wrong_clocks.rs"]
-mod wrong_clocks;
 
 use std::time::{Duration, Instant};
 
@@ -33,23 +29,6 @@ on_every_engine!(
     writes_sent_again_are_answered_again,
     transactions_sent_again_are_answered_again,
 );
-
-/// Runs a test on a file and on the emulator at the same time, since most of it is waiting.
-fn on_both_at_once(test: impl Fn(Engine) + Sync) {
-    std::thread::scope(|scope| {
-        let _on_a_file = scope.spawn(|| test(Engine::File));
-        if let Some(emulator) = Engine::emulator() {
-            test(emulator);
-        }
-    });
-}
-
-fn name(engine: Engine) -> &'static str {
-    match engine {
-        Engine::File => "a file",
-        Engine::Emulator(_) => "the emulator",
-    }
-}
 
 /// A command that says its token and ends with its input.
 const HOLD: &str = r#"echo "$TAI_LOCK_TOKEN"; read -r _; exit 0"#;

@@ -79,6 +79,14 @@ pub(crate) enum Harm {
     Corrupt,
     /// The tests elsewhere that draw their cases: only runs them and keeps what they say.
     Drawn,
+    /// Money moved under contention and faults; counters that must count.
+    Bank,
+    /// Lists appended to by transactions, judged by two checkers.
+    Append,
+    /// Holders that are stopped, killed, or have a wrong clock.
+    Locks,
+    /// All of it at once, for as long as is wanted.
+    Soak,
 }
 
 impl Harm {
@@ -87,6 +95,10 @@ impl Harm {
             Self::Kill => "kill",
             Self::Corrupt => "corrupt",
             Self::Drawn => "drawn",
+            Self::Bank => "bank",
+            Self::Append => "append",
+            Self::Locks => "locks",
+            Self::Soak => "soak",
         }
     }
 
@@ -95,6 +107,10 @@ impl Harm {
             Self::Kill => crate::kill::run(run),
             Self::Corrupt => crate::corrupt::run(run).await,
             Self::Drawn => crate::drawn::run(run),
+            Self::Bank => crate::bank::run(run).await,
+            Self::Append => crate::append::run(run).await,
+            Self::Locks => crate::locks::run(run).await,
+            Self::Soak => crate::soak::run(run).await,
         }
     }
 }

@@ -11,15 +11,22 @@
     clippy::disallowed_methods
 )]
 
+mod append;
 mod args;
+mod bank;
 mod corrupt;
 mod drawn;
+mod engine;
 mod kill;
+mod locks;
 mod page;
+mod process;
 mod random;
 mod record;
 mod run;
+mod soak;
 mod tool;
+mod versions;
 
 use std::process::ExitCode;
 

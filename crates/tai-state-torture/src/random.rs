@@ -5,7 +5,6 @@
 pub(crate) struct Random(u64);
 
 impl Random {
-    #[allow(dead_code)] // until others draw from it
     pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
@@ -15,6 +14,11 @@ impl Random {
         let mut random = Self(seed ^ n.wrapping_mul(0xd134_2543_de82_ef95));
         random.next();
         random
+    }
+
+    /// A generator for another part, which draws on its own.
+    pub(crate) fn split(&mut self) -> Self {
+        Self::new(self.next())
     }
 
     /// A seed that nobody has chosen.

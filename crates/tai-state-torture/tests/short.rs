@@ -36,4 +36,8 @@ macro_rules! short_tier {
 short_tier! {
     kill => "kill",
     corrupt => "corrupt",
+    bank => "bank",
+    append => "append",
+    locks => "locks",
+    soak => "soak",
 }

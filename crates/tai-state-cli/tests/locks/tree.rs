@@ -16,6 +16,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 const KEEPER: &str = r#"read -r _ || kill -s KILL -- "-$1""#;
 
 /// A command in a process group of its own, with all that it starts. Dropping it ends them all.
+#[derive(Debug)]
 pub(crate) struct Tree {
     child: Child,
     /// What they read; it ends when this is dropped.

@@ -1,9 +1,11 @@
 //! A history: what was asked and came back, in the order of its happening; and damaged copies.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use adya::{Opts, Report, Workload};
 use serde_json::{Value, json};
+
+use crate::versions::{self, Deed, Log, Step, Told};
 
 /// Line by line as the checker writes and reads it: `{"type","process","value",…}`, where the value is a list of `["append", key, value]` and `["r", key, [value, …]]`.
 #[derive(Debug, Clone)]
@@ -145,9 +147,96 @@ impl History {
         copies
     }
 
+    /// What the exact checker says to it. The length of a list is its version; the longest that anybody
+    /// read is the log. What was appended after the last read of a key says nothing.
+    pub(crate) fn faults(&self) -> Vec<String> {
+        let mut log = Log::new();
+        // The last line in which each key was asked for, by one who then read it.
+        let mut read_last: HashMap<u64, usize> = HashMap::new();
+        let asked = self.asked();
+        for read in self.reads() {
+            let step = &self.0[read.line]["value"][read.step];
+            let (key, list) = (unsigned(&step[1]), list(&step[2]));
+            let last = read_last.entry(key).or_default();
+            *last = asked[&read.line].max(*last);
+            let longest = log.entry(key).or_default();
+            if longest.len() < list.len() {
+                *longest = list;
+            }
+        }
+        let mut faults = Vec::new();
+        let places: HashMap<(u64, u64), u64> = log
+            .iter()
+            .flat_map(|(key, list)| (1..).zip(list).map(|(at, value)| ((*key, *value), at)))
+            .collect();
+        let mut deeds = Vec::new();
+        for (line, from) in self.rows(&asked) {
+            let row = &self.0[line];
+            let told = match row["type"].as_str() {
+                Some("ok") => Told::Done,
+                Some("fail") => Told::Refused,
+                _ => Told::Unknown,
+            };
+            let mut steps = Vec::new();
+            for step in row["value"].as_array().unwrap() {
+                let key = unsigned(&step[1]);
+                if step[0] == "append" {
+                    let value = unsigned(&step[2]);
+                    let version = places.get(&(key, value)).copied();
+                    let could_be_read = read_last.get(&key).is_some_and(|last| *last > line);
+                    if told != Told::Done || version.is_some() || could_be_read {
+                        steps.push(Step::Write { key, version, value });
+                    }
+                } else if told == Told::Done {
+                    let list = list(&step[2]);
+                    if !log[&key].starts_with(&list) {
+                        faults.push(format!("key {key}: {list:?} is no beginning of its log"));
+                    }
+                    let value = list.last().copied();
+                    steps.push(Step::Read { key, version: list.len() as u64, value });
+                }
+            }
+            deeds.push(Deed { asked: from as u64, ended: line as u64, told, steps });
+        }
+        faults.truncate(5);
+        faults.extend(versions::faults(&deeds, &log));
+        faults
+    }
+
+    /// For each line that ends a transaction the line in which it was asked for.
+    fn asked(&self) -> HashMap<usize, usize> {
+        let mut open = HashMap::new();
+        let mut asked = HashMap::new();
+        for (line, row) in self.0.iter().enumerate() {
+            let process = row["process"].as_i64().unwrap();
+            if row["type"] == "invoke" {
+                open.insert(process, line);
+            } else if let Some(from) = open.remove(&process) {
+                asked.insert(line, from);
+            }
+        }
+        asked
+    }
+
+    /// The lines that end a transaction, and those in which it was asked for.
+    fn rows(&self, asked: &HashMap<usize, usize>) -> impl Iterator<Item = (usize, usize)> {
+        let mut rows: Vec<(usize, usize)> = asked.iter().map(|(end, from)| (*end, *from)).collect();
+        rows.sort_unstable();
+        rows.into_iter()
+    }
+
     /// A copy in which one read saw what nobody appended.
     pub(crate) fn invented(&self) -> Self {
         let last = self.reads().last().unwrap();
         self.with_read(last, |list| list.push((-1).into()))
     }
+}
+
+/// Elements are positive where anybody appended them; another is one that nobody did.
+fn unsigned(value: &Value) -> u64 {
+    value.as_i64().unwrap().cast_unsigned()
+}
+
+fn list(value: &Value) -> Vec<u64> {
+    value.as_array().unwrap().iter().map(unsigned).collect()
 }

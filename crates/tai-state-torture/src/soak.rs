@@ -1,0 +1,5 @@
+//! stub
+use crate::run::{Run, Tally};
+pub(crate) async fn run(_run: &Run) -> Tally {
+    Tally::default()
+}
