@@ -59,7 +59,9 @@ impl FromStr for StoreUrl {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        let refuse = |reason: &str| Err(Error::refused(format!("the store URL {text:?}"), reason));
+        let refuse = |reason: &str| {
+            Err(Error::refused(format!("the store URL {:?}", without_secrets(text)), reason))
+        };
         if text.is_empty() {
             return refuse("it is empty");
         }
@@ -69,6 +71,11 @@ impl FromStr for StoreUrl {
         let Some((scheme, rest)) = scheme(text) else {
             return Ok(Self::File { path: text.into() });
         };
+        if scheme.starts_with("firestore") && rest.contains(['@', '#']) {
+            return refuse(
+                "it takes no user, password or token: Google's own rules find credentials",
+            );
+        }
         match scheme {
             "mem" if rest.is_empty() => Ok(Self::Memory),
             "mem" => refuse("`mem:` takes nothing behind it"),
@@ -128,6 +135,22 @@ fn scheme(text: &str) -> Option<(&str, &str)> {
         && scheme.starts_with(|c: char| c.is_ascii_alphabetic())
         && scheme.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'));
     is_scheme.then_some((scheme, rest))
+}
+
+/// A URL as an error may show it: without what stands before an `@`, which may be a password, and
+/// without parameters, which may be a token.
+fn without_secrets(text: &str) -> String {
+    let Some((scheme, rest)) = scheme(text) else { return text.to_owned() };
+    let (hidden, rest) = match rest.rsplit_once('@') {
+        Some((_, rest)) => ("…@", rest),
+        None => ("", rest),
+    };
+    let end = rest.find(['?', '#', '&', ';']);
+    let (shown, cut) = match end {
+        Some(end) => (rest.get(..end).unwrap_or_default(), "…"),
+        None => (rest, ""),
+    };
+    format!("{scheme}:{hidden}{shown}{cut}")
 }
 
 /// What stands behind `//`, and the one parameter that is known.
@@ -208,8 +231,35 @@ mod tests {
             "firestore+emulator://h:99999/p",
             "firestore+emulator://h:1/",
             "a\0b",
+            "firestore://user:pass@p",
+            "firestore://user@p",
+            "firestore+emulator://user:pass@h:1/p",
         ] {
             assert_eq!(text.parse::<StoreUrl>().unwrap_err().code(), "invalid_state", "{text}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_shows_no_password_and_no_parameter() {
+        for text in [
+            "firestore://user:CANARY@p/d",
+            "firestore://CANARY@p",
+            "firestore://user:a/CANARY@p",
+            "firestore://p?token=CANARY",
+            "firestore://p/d?prefix=x&token=CANARY",
+            "firestore://p#CANARY",
+            "firestore://p/d?key=CANARY@x",
+            "firestore+emulator://user:CANARY@h:1/p",
+            "firestore+emulator://h:1/p?access_token=CANARY",
+            "redis://user:CANARY@h/0",
+            "postgres:CANARY@h",
+            "file://user:CANARY@host/x",
+            "https://h/x?sig=CANARY",
+        ] {
+            let error = text.parse::<StoreUrl>().unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("CANARY"), "{error}");
+            let scheme = text.split_once(':').unwrap().0;
+            assert!(error.to_string().contains(scheme), "{error}");
         }
     }
 
