@@ -35,13 +35,13 @@ pub(crate) struct Global {
     #[arg(short, long, global = true, env = "TAI_STATE_URL", hide_env_values = true)]
     pub(crate) url: Option<String>,
     /// How answers and errors are written. json and jsonl are a contract for programs.
-    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table, env = "TAI_STATE_OUTPUT")]
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table, env = "TAI_STATE_OUTPUT", hide_env_values = true)]
     pub(crate) output: Format,
     /// No progress bars.
     #[arg(long, global = true)]
     pub(crate) no_progress: bool,
     /// Accept a file where the disk is known to be memory (Cloud Run).
-    #[arg(long, global = true, env = "TAI_STATE_ALLOW_EPHEMERAL_DISK")]
+    #[arg(long, global = true, env = "TAI_STATE_ALLOW_EPHEMERAL_DISK", hide_env_values = true)]
     pub(crate) allow_ephemeral_disk: bool,
     /// Accept a Firestore emulator on another machine: what goes there is not encrypted.
     #[arg(long, global = true)]
@@ -200,7 +200,7 @@ pub(crate) struct Get {
 #[derive(Debug, Args)]
 pub(crate) struct Why {
     /// Who makes the change.
-    #[arg(long, default_value = "tai-state", env = "TAI_STATE_ACTOR")]
+    #[arg(long, default_value = "tai-state", env = "TAI_STATE_ACTOR", hide_env_values = true)]
     pub(crate) actor: String,
     /// Why.
     #[arg(long, default_value = "")]
@@ -238,7 +238,7 @@ pub(crate) struct Conditions {
     #[arg(long, value_name = "LOCK=TOKEN", value_parser = fence)]
     pub(crate) fence: Vec<(String, u64)>,
     /// The governor that the locks of --fence belong to. `locks run` sets it for its command.
-    #[arg(long, value_name = "GOVERNOR", default_value = tai_state::GLOBAL_GOVERNOR, env = "TAI_LOCK_GOVERNOR")]
+    #[arg(long, value_name = "GOVERNOR", default_value = tai_state::GLOBAL_GOVERNOR, env = "TAI_LOCK_GOVERNOR", hide_env_values = true)]
     pub(crate) fence_governor: String,
 }
 
@@ -433,7 +433,7 @@ pub(crate) struct Txn {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub(crate) concurrency: u16,
     /// Who makes the changes.
-    #[arg(long, default_value = "tai-state", env = "TAI_STATE_ACTOR")]
+    #[arg(long, default_value = "tai-state", env = "TAI_STATE_ACTOR", hide_env_values = true)]
     pub(crate) actor: String,
     #[command(flatten)]
     pub(crate) conditions: Conditions,

@@ -118,12 +118,14 @@ impl Failure {
         match format {
             _ if self.quiet => {}
             Format::Table => {
-                eprintln!("error: {}", crate::output::visible(&self.message));
+                eprintln!("error: {}", crate::output::visible_line(&self.message));
                 if let Some(hint) = &self.hint {
-                    eprintln!("hint: {hint}");
+                    eprintln!("hint: {}", crate::output::visible_line(hint));
                 }
             }
-            Format::Json | Format::Jsonl => eprintln!("{}", self.to_json()),
+            Format::Json | Format::Jsonl => {
+                eprintln!("{}", crate::output::compact(&self.to_json()));
+            }
         }
     }
 }

@@ -24,7 +24,12 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let _ = error.print();
+            // What asks for help is answered; anything else may quote an argument that steers a terminal.
+            if error.use_stderr() {
+                eprint!("{}", output::visible(&error.to_string()));
+            } else {
+                let _ = error.print();
+            }
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::USAGE));
         }
     };
@@ -143,10 +148,12 @@ fn say_who_answers(global: &Global) {
     if let (Some(url), Format::Table) = (url, global.output)
         && let Some(host) = emulator_instead_of_google(&url)
     {
+        // What an address may say before an `@` is nothing to show.
+        let host = host.rsplit('@').next().unwrap_or_default();
         let text = format!(
             "note: {url} is looked for on the emulator at {host}, not at Google (FIRESTORE_EMULATOR_HOST)"
         );
-        eprintln!("{}", output::visible(&text));
+        eprintln!("{}", output::visible_line(&text));
     }
 }
 

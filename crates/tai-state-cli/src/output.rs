@@ -27,11 +27,25 @@ pub(crate) fn visible(text: &str) -> String {
     shown
 }
 
-/// Control characters but the newline, and marks that turn the direction of writing or hide. All of
-/// them are below U+10000.
+/// The same in one line: what is shown beside other things must not look like another line of them.
+pub(crate) fn visible_line(text: &str) -> String {
+    visible(text).replace('\n', "\\n")
+}
+
+/// Control characters but the newline, and marks that turn the direction of writing, end lines or hide.
+/// All of them are below U+10000.
 fn steers(c: char) -> bool {
     (c.is_control() && c != '\n')
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+        || matches!(
+            c,
+            '\u{61c}'
+                | '\u{180e}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{feff}'
+                | '\u{fff9}'..='\u{fffb}'
+        )
 }
 
 /// How much of the data a table shows.
@@ -126,13 +140,13 @@ impl Rows {
     pub(crate) fn push(&mut self, object: &Value, cells: &[String]) -> Outcome {
         match self.format {
             Format::Table => {
-                self.table.add_row(cells.iter().map(|cell| visible(cell)));
+                self.table.add_row(cells.iter().map(|cell| visible_line(cell)));
                 Ok(())
             }
-            Format::Jsonl => line(&object.to_string()),
+            Format::Jsonl => line(&compact(object)),
             Format::Json => {
                 let start = if std::mem::take(&mut self.first) { "[" } else { "," };
-                line(&format!("{start}{object}"))
+                line(&format!("{start}{}", compact(object)))
             }
         }
     }
@@ -152,14 +166,23 @@ impl Rows {
 pub(crate) fn object(format: Format, object: &Value, text: &str) -> Outcome {
     match format {
         Format::Table => line(&visible(text)),
-        Format::Json | Format::Jsonl => line(&object.to_string()),
+        Format::Json | Format::Jsonl => line(&compact(object)),
     }
 }
 
-/// JSON for people, and JSON all the same: what would steer a terminal can only stand in strings, and
-/// there it has an escape.
+/// JSON for people.
 pub(crate) fn pretty(value: &Value) -> String {
-    let text = serde_json::to_string_pretty(value).unwrap_or_else(|_| value.to_string());
+    harmless(&serde_json::to_string_pretty(value).unwrap_or_else(|_| value.to_string()))
+}
+
+/// JSON in one line.
+pub(crate) fn compact(value: &Value) -> String {
+    harmless(&value.to_string())
+}
+
+/// The same JSON value in another text: what would steer a terminal can only stand in strings, and there
+/// it has an escape.
+pub(crate) fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
         if steers(c) {

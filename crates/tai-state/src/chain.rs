@@ -119,7 +119,9 @@ pub(crate) fn format_time(time: &DateTime<Utc>) -> String {
 }
 
 /// What one event says. The newest change of a state is its head.
-#[derive(Debug, Clone, PartialEq)]
+///
+/// Its `Debug` shows nothing of the data, since handles hold changes and are shown in logs.
+#[derive(Clone, PartialEq)]
 pub(crate) struct Change {
     pub(crate) address: Address,
     pub(crate) version: u64,
@@ -132,6 +134,18 @@ pub(crate) struct Change {
     pub(crate) data: Value,
     pub(crate) prev_hash: Option<Hash>,
     pub(crate) hash: Hash,
+}
+
+impl fmt::Debug for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Change")
+            .field("address", &self.address)
+            .field("version", &self.version)
+            .field("id", &self.id)
+            .field("deleted", &self.deleted)
+            .field("hash", &self.hash)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Change {

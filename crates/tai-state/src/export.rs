@@ -48,8 +48,7 @@ impl TransitionLine {
     /// [`Error::SerializationError`] naming `subject`.
     pub fn parse(line: &str, subject: &str) -> Result<Self> {
         let value = crate::json::parse(line, subject)?;
-        serde_json::from_value(value)
-            .map_err(|source| Error::SerializationError { subject: subject.to_owned(), source })
+        crate::json::from_value(value, subject)
     }
 
     /// Checks what can be checked without a store: ids, sizes, depth, and that a deletion has no

@@ -11,7 +11,9 @@ use std::fmt;
 use std::io::{self, Write};
 use std::sync::OnceLock;
 
-use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    self, DeserializeOwned, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor,
+};
 use serde_json::{Map, Number, Value};
 
 use crate::error::{Error, Result};
@@ -125,8 +127,9 @@ pub fn measure(value: &Value, subject: &str) -> Result<Measure> {
             Value::Null | Value::Bool(_) => native += 1,
             Value::Number(number) if is_kept(number) => native += 8,
             Value::Number(number) => {
-                let short: String = number.to_string().chars().take(40).collect();
-                return Err(Error::refused(subject, format!("the number {short} fits no 64 bits")));
+                let digits = number.to_string().len();
+                let reason = format!("a number of {digits} characters fits no 64 bits");
+                return Err(Error::refused(subject, reason));
             }
             Value::String(text) => native += text.len() as u64 + 1,
             Value::Array(items) => {
@@ -239,12 +242,57 @@ pub fn parse(text: &str, subject: &str) -> Result<Value> {
     let value = Strict.deserialize(&mut reader).map_err(failed)?;
     reader.end().map_err(failed)?;
     if let Some(digits) = lossy_integer(text) {
-        let short: String = digits.chars().take(40).collect();
+        let digits = digits.trim_start_matches('-').len();
         return Err(failed(de::Error::custom(format!(
-            "the integer {short} does not fit 64 bits; store it as a string"
+            "an integer of {digits} digits does not fit 64 bits; store it as a string"
         ))));
     }
     Ok(value)
+}
+
+/// Reads a type from a value.
+///
+/// # Errors
+/// [`Error::SerializationError`] naming `subject` and the field's name or what was expected, and not what
+/// was found there: errors are written to logs, and what is stored is not.
+pub fn from_value<T: DeserializeOwned>(value: Value, subject: &str) -> Result<T> {
+    serde_json::from_value(value).map_err(|source| {
+        let subject = subject.to_owned();
+        Error::SerializationError { subject, source: without_values(source) }
+    })
+}
+
+/// An error that quotes nothing of what was read. `serde` quotes the value that was met: ``invalid type:
+/// string "…", expected u64``, ``unknown variant `…`, expected …``. Names of fields stay.
+pub(crate) fn without_values(error: serde_json::Error) -> serde_json::Error {
+    if !error.is_data() {
+        return error;
+    }
+    let text = error.to_string();
+    let quotes = [
+        ("invalid type: ", ", expected "),
+        ("invalid value: ", ", expected "),
+        ("unknown variant ", ", expected "),
+        ("unknown variant ", ", there are no variants"),
+    ];
+    for (before, behind) in quotes {
+        let Some(met) = text.strip_prefix(before) else { continue };
+        // What was met may say `, expected ` itself.
+        let Some((met, expected)) = met.rsplit_once(behind) else { continue };
+        let kind = met.split(['"', '`']).next().unwrap_or_default().trim();
+        let before = before.trim_end();
+        let space = if kind.is_empty() { "" } else { " " };
+        return de::Error::custom(format!("{before}{space}{kind}{behind}{expected}"));
+    }
+    let is_ours = ["missing field ", "duplicate field ", "unknown field ", "invalid length "];
+    if is_ours.iter().any(|known| text.starts_with(known)) {
+        return error;
+    }
+    // A type's own words, such as those about a time, may quote what they were given.
+    de::Error::custom(match text.rsplit_once(" at line ") {
+        Some((_, place)) => format!("a value is not what was expected, at line {place}"),
+        None => "a value is not what was expected".to_owned(),
+    })
 }
 
 /// The first integer literal of valid JSON that neither an `i64` nor a `u64` can hold.
@@ -346,7 +394,8 @@ impl<'de> Visitor<'de> for Strict {
             if key == "$serde_json::private::Number" && numbers_are_texts() {
                 let text: String = fields.next_value()?;
                 return number(&text).ok_or_else(|| {
-                    de::Error::custom(format!("the number {text} fits no 64 bits"))
+                    let digits = text.len();
+                    de::Error::custom(format!("a number of {digits} characters fits no 64 bits"))
                 });
             }
             let value = fields.next_value_seed(Strict)?;
@@ -412,6 +461,48 @@ mod tests {
         for (value, text) in cases {
             assert_eq!(canonical(&value), text);
         }
+    }
+
+    #[test]
+    fn an_error_names_the_field_and_not_what_stands_in_it() {
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        #[allow(dead_code)]
+        struct Read {
+            number: u8,
+            #[serde(default)]
+            kind: Option<Kind>,
+            #[serde(default)]
+            time: Option<chrono::DateTime<chrono::Utc>>,
+            #[serde(default)]
+            of: Vec<u8>,
+        }
+        #[derive(Debug, serde::Deserialize)]
+        enum Kind {
+            Known,
+        }
+        for (text, says) in [
+            (r#"{"number":"CANARY, expected CANARY"}"#, "invalid type: string, expected u8"),
+            (r#"{"number":424242}"#, "invalid value: integer, expected u8"),
+            (r#"{"number":4242.42}"#, "invalid type: floating point, expected u8"),
+            (r#"{"number":1,"kind":"CANARY"}"#, "unknown variant, expected `Known`"),
+            (r#"{"number":1,"time":"CANARY"}"#, "not what was expected"),
+            (r#"{"number":1,"of":[1,"CANARY"]}"#, "invalid type: string, expected u8"),
+            (r#"{"number":1,"name":"CANARY"}"#, "unknown field `name`"),
+            (r#"{"kind":"Known"}"#, "missing field `number`"),
+        ] {
+            let value = parse(text, "a line").unwrap();
+            let read = from_value::<Read>(value, "a line").map(drop).unwrap_err();
+            let body = crate::backend::Body::from_text(text.to_owned());
+            let stored = body.parse::<Read>().map(drop).unwrap_err();
+            for error in [format!("{read} {read:?}"), format!("{stored} {stored:?}")] {
+                assert!(error.contains(says), "{error}");
+                assert!(!error.contains("CANARY") && !error.contains("4242"), "{error}");
+            }
+        }
+        let number = parse("[123456789012345678901234567890]", "a line").unwrap_err();
+        assert!(number.to_string().contains("30 digits"), "{number}");
+        assert!(!format!("{number:?}").contains("1234567"), "{number:?}");
     }
 
     #[test]

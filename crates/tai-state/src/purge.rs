@@ -12,8 +12,8 @@ use crate::keys::Address;
 use crate::persister::StateMachinePersister;
 use crate::state::ChangeMetadata;
 use crate::store::not_found;
-use crate::transition::{Expect, Head, Request, Wish, is_purge};
-use crate::trim::{MOST_REMOVED, Trim};
+use crate::transition::{Expect, Request, Wish, is_purge};
+use crate::trim::MOST_REMOVED;
 
 /// The action of the event that a purge leaves.
 const PURGE: &str = "purge";
@@ -102,9 +102,10 @@ impl StateMachinePersister {
                 if strays.is_empty() {
                     break;
                 }
-                let versions: Vec<u64> = strays.iter().map(|found| found.key.version).collect();
-                let decide = |head: &Head| Some(Trim::without(head, kind, &versions));
-                self.records.revise(&address, &self.conditions, decide).await?;
+                // By somebody else who purges it too.
+                if !self.records.remove(&address, &self.conditions, &strays).await? {
+                    continue;
+                }
                 *(if kind == Kind::Events { &mut events } else { &mut snapshots }) +=
                     strays.len() as u64;
                 recovered_bytes += strays.iter().map(Document::bytes).sum::<u64>();

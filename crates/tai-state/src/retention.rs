@@ -1,9 +1,22 @@
 //! How much of the past is kept: the clean-up of what is old.
 //!
 //! First the head says since when history is kept, in one commit with the saved snapshot at that version;
-//! from then on nobody looks for what is older. Then that is removed, batch by batch, each in one commit
-//! with the note how far it has come. So a run that was killed leaves nothing that is not accounted for,
-//! and the next one goes on.
+//! from then on nobody looks for what is older. Then that is removed, batch by batch, and at the end the head
+//! says that nothing is left. So a run that was killed leaves nothing that is not accounted for, and the
+//! next one goes on.
+//!
+//! The batches do not ask that the head is unchanged, so that a writer who never pauses, in whatever process,
+//! does not hold them up. That is safe because a head never says again that history begins earlier:
+//!
+//! * Writers, purges and other clean-ups take over or raise what it says.
+//! * A recovery without a head takes the whole log only where that begins at version 1, at a saved snapshot
+//!   or at a purge. The commit that lets history begin later takes away what the log began with, and the
+//!   saved snapshots before the new beginning; what is left over from earlier is removed before it. So what
+//!   is found after that begins at none of them, and the recovery begins where the saved snapshot at the new
+//!   beginning is.
+//! * A head that somebody removed, and a state that begins anew, has other events: each is removed only at
+//!   the revision that was read, and no document has a revision twice. The head is looked at before every
+//!   batch, and one that says otherwise ends the run.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -139,7 +152,7 @@ impl StateMachinePersister {
     }
 
     /// As [`cleanup_old_data`](StateMachinePersister::cleanup_old_data), with all that may be said of it.
-    /// `progress` is called after every state and every batch.
+    /// `progress` is called after every state and every commit.
     ///
     /// # Errors
     /// As [`cleanup_old_data`](StateMachinePersister::cleanup_old_data).
@@ -209,14 +222,13 @@ impl StateMachinePersister {
         if options.dry_run {
             self.measure(address, &known.head, base.as_ref(), report).await?;
         } else if base.is_some() || known.head.oldest_version < known.head.first_version {
-            if let Some(base) = base {
-                self.cut(address, &base, report).await?;
-            }
             let batch = options.batch;
-            let mut swept = (report.events, report.recovered_bytes);
+            if let Some(base) = base {
+                self.cut(address, &base, batch, report, progress).await?;
+            }
             self.sweep(address, batch, |events, bytes| {
-                swept = (swept.0 + events, swept.1 + bytes);
-                (report.events, report.recovered_bytes) = swept;
+                report.events += events;
+                report.recovered_bytes += bytes;
                 progress(report);
             })
             .await?;
@@ -271,49 +283,90 @@ impl StateMachinePersister {
         &self,
         address: &Address,
         base: &Change,
+        batch: usize,
         report: &mut CleanupReport,
+        progress: &mut (dyn FnMut(&CleanupReport) + Send),
     ) -> Result<()> {
         loop {
             let Some(known) = self.records.head(address).await? else { return Ok(()) };
+            let (first, newest) = (known.head.first_version, known.head.version());
+            if base.version <= first || base.version > newest {
+                return Ok(());
+            }
+            // What an earlier run has left.
+            self.clear(address, batch, |events, bytes| {
+                report.events += events;
+                report.recovered_bytes += bytes;
+                progress(report);
+            })
+            .await?;
             let old = known.head.snapshot_versions.iter().filter(|at| **at < base.version);
             let sizes = self.sizes(address, old).await?;
-            let decide = |head: &Head| trim::cut(head, base);
+            let begins = self.records.reader().get(&[address.event(first)]).await?;
+            let begins = begins.iter().flatten().map(|found| (first, found.bytes())).collect();
+            let decide = |head: &Head| match head.first_version == first {
+                true => trim::cut(head, base),
+                // Another clean-up came in between: what it has left has to go first.
+                false => None,
+            };
             let Some(trim) = self.records.revise(address, &self.conditions, decide).await? else {
-                return Ok(());
+                continue;
             };
             let (snapshots, bytes) = removed(&trim.drop_snapshots, &sizes);
+            let (events, event_bytes) = removed(&trim.drop_events, &begins);
             report.snapshots += snapshots;
-            report.recovered_bytes += bytes;
+            report.events += events;
+            report.recovered_bytes += bytes + event_bytes;
             report.snapshots_saved += u64::from(trim.save.is_some());
+            metrics::counter!("tai_state_events_removed_total").increment(events);
+            progress(report);
         }
     }
 
-    /// Removes what was given up, batch by batch, and tells of each.
+    /// Removes what was given up, batch by batch, and tells of each; then the head says so.
     pub(crate) async fn sweep(
         &self,
         address: &Address,
         batch: usize,
-        mut swept: impl FnMut(u64, u64),
+        swept: impl FnMut(u64, u64),
     ) -> Result<()> {
+        let Some(first) = self.clear(address, batch, swept).await? else { return Ok(()) };
+        let decide = |head: &Head| trim::swept(head, first);
+        match self.records.revise(address, &self.conditions, decide).await {
+            // There is nothing left; only the note is missing, and the next run makes up for it.
+            Err(error @ Error::Timeout { .. }) => {
+                tracing::debug!(%address, %error, "swept, and not noted");
+                Ok(())
+            }
+            noted => noted.map(drop),
+        }
+    }
+
+    /// Removes the events that were given up. Returns below which version there are none any more; `None`
+    /// when there was nothing to look for.
+    async fn clear(
+        &self,
+        address: &Address,
+        batch: usize,
+        mut swept: impl FnMut(u64, u64),
+    ) -> Result<Option<u64>> {
+        let mut cleared = None;
         loop {
-            let Some(known) = self.records.head(address).await? else { return Ok(()) };
+            let Some(known) = self.records.head(address).await? else { return Ok(None) };
             let (oldest, first) = (known.head.oldest_version, known.head.first_version);
-            if oldest >= first {
-                return Ok(());
+            let from = cleared.unwrap_or(oldest).max(oldest);
+            if from >= first {
+                return Ok(cleared.filter(|cleared| *cleared == first));
             }
             let reader = self.records.reader();
             let (documents, next) =
-                reader.versions(address, Kind::Events, oldest, first - 1, batch).await?;
-            let upto = next.unwrap_or(first);
-            let sizes: HashMap<u64, u64> =
-                documents.iter().map(|found| (found.key.version, found.bytes())).collect();
-            let versions: Vec<u64> = documents.iter().map(|found| found.key.version).collect();
-            drop(documents);
-            let decide = |head: &Head| trim::sweep(head, &versions, upto);
-            if let Some(trim) = self.records.revise(address, &self.conditions, decide).await? {
-                let (events, bytes) = removed(&trim.drop_events, &sizes);
+                reader.versions(address, Kind::Events, from, first - 1, batch).await?;
+            if self.records.remove(address, &self.conditions, &documents).await? {
+                let bytes = documents.iter().map(Document::bytes).sum();
+                let events = documents.len() as u64;
                 metrics::counter!("tai_state_events_removed_total").increment(events);
                 swept(events, bytes);
+                cleared = Some(next.unwrap_or(first));
             }
         }
     }

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::backend::{BackendError, Precondition, Revision, Write};
+use crate::backend::{BackendError, Document, Precondition, Revision, Write};
 use crate::conditions::Conditions;
 use crate::error::{Error, Result};
 use crate::keys::Address;
@@ -16,6 +16,9 @@ use crate::schema;
 use crate::store::not_found;
 use crate::transition::Head;
 use crate::trim::Trim;
+
+/// The waits between two tries grow up to here, whatever the policy's cap.
+const MANY: u32 = 3;
 
 /// What became of sending one.
 enum Sent {
@@ -72,7 +75,8 @@ impl Records {
                         return Err(Error::Timeout { operation, after: deadline.limit() });
                     }
                     races += 1;
-                    let wait = self.options.retry.backoff(races);
+                    // Against one that never pauses chance decides each try, so there have to be many.
+                    let wait = self.options.retry.backoff(races.min(MANY));
                     tokio::time::sleep(wait.min(deadline.left())).await;
                     continue;
                 }
@@ -108,7 +112,66 @@ impl Records {
         writes.extend(snapshots.chain(events).map(|key| Write::delete(key, Precondition::Any)));
         let guard = Precondition::Revision(revision);
         let head = Write::put(address.head(), schema::head_body(&trim.head)?, guard);
-        self.send_guarded(writes, head, conditions, deadline).await
+        self.send_guarded(writes, Some(head), conditions, deadline).await
+    }
+
+    /// Removes these documents if each is still the one that was read, under the conditions, whatever
+    /// becomes of the head meanwhile. `false` when one of them is not, and nothing was removed as far as is
+    /// known.
+    ///
+    /// # Errors
+    /// [`Error::LockLost`]; what the backend says.
+    pub(crate) async fn remove(
+        &self,
+        address: &Address,
+        conditions: &Conditions,
+        documents: &[Document],
+    ) -> Result<bool> {
+        if documents.is_empty() {
+            return Ok(true);
+        }
+        let deadline = self.deadline();
+        let mut tries = Tries::new(&self.options.retry, deadline);
+        let (mut races, mut lost) = (0, false);
+        let gone = |found: &Document| {
+            Write::delete(found.key.clone(), Precondition::Revision(found.revision))
+        };
+        let keys: Vec<_> = documents.iter().map(|found| found.key.clone()).collect();
+        loop {
+            let writes = documents.iter().map(gone).collect();
+            let (error, asked_to_wait) =
+                match self.send_guarded(writes, None, conditions, deadline).await? {
+                    Sent::Done(_) => return Ok(true),
+                    Sent::Refused => {
+                        // By a renewal of a lease, as long as all of them are there.
+                        let found = self.reader_within(deadline.left()).get(&keys).await?;
+                        let stands = |(found, read): (&Option<Document>, &Document)| {
+                            found.as_ref().is_some_and(|found| found.revision == read.revision)
+                        };
+                        let standing = found.iter().zip(documents).filter(|it| stands(*it)).count();
+                        if standing < documents.len() {
+                            // They go together: what was sent before without an answer did it.
+                            return Ok(lost && standing == 0);
+                        }
+                        if deadline.is_over() {
+                            let operation = format!("tidying up {address}");
+                            return Err(Error::Timeout { operation, after: deadline.limit() });
+                        }
+                        races += 1;
+                        let wait = self.options.retry.backoff(races);
+                        tokio::time::sleep(wait.min(deadline.left())).await;
+                        continue;
+                    }
+                    Sent::Failed { error, unclear, asked_to_wait } => {
+                        lost |= unclear;
+                        (error, asked_to_wait)
+                    }
+                };
+            tracing::warn!(%address, reason = %error, "a commit was not answered");
+            if !tries.again(asked_to_wait).await {
+                return Err(error);
+            }
+        }
     }
 
     /// Puts a head that was made anew from its log, if still nothing else stands there than what was
@@ -132,7 +195,7 @@ impl Records {
         let mut tries = Tries::new(&self.options.retry, deadline);
         loop {
             let sent =
-                self.send_guarded(writes.clone(), head.clone(), conditions, deadline).await?;
+                self.send_guarded(writes.clone(), Some(head.clone()), conditions, deadline).await?;
             match sent {
                 Sent::Done(revision) => {
                     let head = Arc::new(repair.head.clone());
@@ -159,11 +222,11 @@ impl Records {
         }
     }
 
-    /// Sends the writes with the checks of the handle's grants, and the head last.
+    /// Sends the writes with the checks of the handle's grants, and the head, if there is one, last.
     async fn send_guarded(
         &self,
         mut writes: Vec<Write>,
-        head: Write,
+        head: Option<Write>,
         conditions: &Conditions,
         deadline: Deadline,
     ) -> Result<Sent> {
@@ -171,7 +234,7 @@ impl Records {
         let proposal = Proposal { groups: &[], guards: &[], beside: &beside };
         self.see_fences(proposal, deadline).await?;
         writes.extend(proposal.fence_checks());
-        writes.push(head);
+        writes.extend(head);
         let sent = tokio::time::timeout(deadline.left(), self.backend.commit(writes)).await;
         let error = match sent {
             Ok(Ok(committed)) => {

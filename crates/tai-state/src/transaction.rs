@@ -370,7 +370,7 @@ impl Transaction {
         };
         let answer = T::deserialize(value).map_err(|source| Error::SerializationError {
             subject: format!("the answer under the idempotency key {:?}", key.text()),
-            source,
+            source: crate::json::without_values(source),
         })?;
         work.command = Some((asked, Progress::Answered));
         Ok(Some(answer))

@@ -4,7 +4,6 @@
 //! what follows is one commit. None of them makes a version: the newest change stays as it is.
 
 use crate::chain::Change;
-use crate::keys::Kind;
 use crate::transition::{Head, surplus};
 
 /// How many documents one commit removes at most.
@@ -24,16 +23,6 @@ impl Trim {
         Self { head, save: None, drop_snapshots: Vec::new(), drop_events: Vec::new() }
     }
 
-    /// Without these events or saved snapshots, which the head does not lead to.
-    pub(crate) fn without(head: &Head, kind: Kind, strays: &[u64]) -> Self {
-        let mut trim = Self::of(head.clone());
-        match kind {
-            Kind::Events => trim.drop_events = strays.to_vec(),
-            _ => trim.drop_snapshots = strays.to_vec(),
-        }
-        trim
-    }
-
     /// Takes the first of these saved snapshots away, and says whether that was all of them.
     fn drop_snapshots(&mut self, mut versions: Vec<u64>) -> bool {
         let is_all = versions.len() <= MOST_REMOVED;
@@ -46,7 +35,10 @@ impl Trim {
 
 /// Gives up what stands before `base`, the event at which history begins from now on, and saves
 /// a snapshot there. `None` when history does not begin earlier. Where there are very many saved
-/// snapshots to remove, they go first, step by step.
+/// snapshots to remove, they go first, step by step. Nothing may be left of what was given up before.
+///
+/// With it goes the event at which history began until now, so that without a head nobody takes what is
+/// left for a whole log (`retention.rs` says why that matters).
 pub(crate) fn cut(head: &Head, base: &Change) -> Option<Trim> {
     let first = base.version;
     if first <= head.first_version || first > head.version() {
@@ -55,7 +47,9 @@ pub(crate) fn cut(head: &Head, base: &Change) -> Option<Trim> {
     let mut trim = Trim::of(head.clone());
     let old = head.snapshot_versions.iter().copied().filter(|version| *version < first).collect();
     if trim.drop_snapshots(old) {
+        trim.drop_events = vec![head.first_version];
         trim.head.first_version = first;
+        trim.head.oldest_version = head.first_version + 1;
         if !trim.head.snapshot_versions.contains(&first) {
             trim.head.snapshot_versions.insert(0, first);
             trim.save = Some(base.clone());
@@ -64,16 +58,13 @@ pub(crate) fn cut(head: &Head, base: &Change) -> Option<Trim> {
     Some(trim)
 }
 
-/// Removes these events, all that stand below `upto` and were given up. `None` when there are none such.
-pub(crate) fn sweep(head: &Head, events: &[u64], upto: u64) -> Option<Trim> {
+/// Notes that nothing is left below `upto`, where history begins or has begun. `None` when that is noted.
+pub(crate) fn swept(head: &Head, upto: u64) -> Option<Trim> {
     if upto <= head.oldest_version || upto > head.first_version {
         return None;
     }
     let mut trim = Trim::of(head.clone());
     trim.head.oldest_version = upto;
-    // What stood below was removed by another, and is counted there.
-    let left = head.oldest_version..upto;
-    trim.drop_events = events.iter().copied().filter(|version| left.contains(version)).collect();
     Some(trim)
 }
 
@@ -130,7 +121,8 @@ mod tests {
         for first in 2..=12 {
             let trim = cut(&head, &log[first - 1]).unwrap();
             let first = first as u64;
-            assert_eq!((trim.head.first_version, trim.head.oldest_version), (first, 1));
+            assert_eq!((trim.head.first_version, trim.head.oldest_version), (first, 2));
+            assert_eq!(trim.drop_events, [1]);
             assert_eq!(trim.head.change, head.change);
             assert_eq!(trim.head.snapshot_versions.first(), Some(&first));
             assert_eq!(trim.save.is_some(), ![9, 12].contains(&first));
@@ -159,15 +151,18 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_given_up_is_swept() {
+    fn only_what_was_given_up_is_noted_as_swept() {
         let (head, log) = log();
         let head = cut(&head, &log[7]).unwrap().head;
-        assert_eq!(sweep(&head, &[1, 2], 9), None);
-        let trim = sweep(&head, &[1, 2, 3, 4], 4).unwrap();
-        assert_eq!((trim.head.oldest_version, trim.head.first_version), (4, 8));
-        assert_eq!(trim.drop_events, [1, 2, 3]);
-        assert_eq!(sweep(&trim.head, &[], 4), None);
-        assert_eq!(sweep(&trim.head, &[], 8).unwrap().head.oldest_version, 8);
+        assert_eq!(swept(&head, 9), None);
+        let trim = swept(&head, 8).unwrap();
+        assert_eq!((trim.head.oldest_version, trim.head.first_version), (8, 8));
+        assert!(trim.drop_events.is_empty());
+        assert_eq!(swept(&trim.head, 8), None);
+        // A clean-up that comes late, after another has let history begin later.
+        let later = cut(&trim.head, &log[10]).unwrap();
+        assert_eq!((later.head.first_version, later.head.oldest_version), (11, 9));
+        assert_eq!((later.drop_events, swept(&later.head, 8)), (vec![8], None));
     }
 
     #[test]

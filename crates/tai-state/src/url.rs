@@ -71,7 +71,7 @@ impl FromStr for StoreUrl {
         let Some((scheme, rest)) = scheme(text) else {
             return Ok(Self::File { path: text.into() });
         };
-        if scheme.starts_with("firestore") && rest.contains('@') {
+        if scheme.starts_with("firestore") && rest.contains(['@', '#']) {
             return refuse("a store's URL holds no credentials: Google's own are looked for");
         }
         match scheme {
@@ -236,6 +236,9 @@ mod tests {
             "firestore+emulator://h:99999/p",
             "firestore+emulator://h:1/",
             "a\0b",
+            "firestore://user:pass@p",
+            "firestore://user@p",
+            "firestore+emulator://user:pass@h:1/p",
         ] {
             assert_eq!(text.parse::<StoreUrl>().unwrap_err().code(), "invalid_state", "{text}");
         }
@@ -256,6 +259,30 @@ mod tests {
         ] {
             let error = text.parse::<StoreUrl>().unwrap_err().to_string();
             assert!(error.contains(&format!("{shown:?}")), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_shows_no_password_and_no_parameter() {
+        for text in [
+            "firestore://user:CANARY@p/d",
+            "firestore://CANARY@p",
+            "firestore://user:a/CANARY@p",
+            "firestore://p?token=CANARY",
+            "firestore://p/d?prefix=x&token=CANARY",
+            "firestore://p#CANARY",
+            "firestore://p/d?key=CANARY@x",
+            "firestore+emulator://user:CANARY@h:1/p",
+            "firestore+emulator://h:1/p?access_token=CANARY",
+            "redis://user:CANARY@h/0",
+            "postgres:CANARY@h",
+            "file://user:CANARY@host/x",
+            "https://h/x?sig=CANARY",
+        ] {
+            let error = text.parse::<StoreUrl>().unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("CANARY"), "{error}");
+            let scheme = text.split_once(':').unwrap().0;
+            assert!(error.to_string().contains(scheme), "{error}");
         }
     }
 

@@ -120,7 +120,8 @@ async fn so_many_versions_are_kept_whatever_their_age(make: Make<'_>) {
     let mut told = |report: &tai_state::CleanupReport| batches.push(report.events);
     let done = persister.cleanup("g", &options, &mut told).await.unwrap();
     assert_eq!(done.events, 53);
-    assert_eq!(batches, [10, 20, 30, 40, 50, 53, 53]);
+    // The first goes with the commit that lets history begin later.
+    assert_eq!(batches, [1, 11, 21, 31, 41, 51, 53, 53]);
     assert_eq!(store.history("g", "s", ..).await.unwrap().next_page().await.unwrap().len(), 7);
     proved(&store).await;
 }

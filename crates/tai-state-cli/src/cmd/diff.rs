@@ -5,7 +5,7 @@ use tai_state::PointInTime;
 
 use crate::args::{Diff, Format, Global};
 use crate::failure::{Failure, Outcome};
-use crate::output::{self, pretty};
+use crate::output::{self, compact, pretty};
 use crate::point::Point;
 use crate::{address, connect};
 
@@ -35,8 +35,8 @@ pub(crate) async fn run(global: &Global, args: &Diff) -> Outcome {
     match (global.output, &patch) {
         (Format::Table, patch) => output::line(&pretty(patch)),
         (Format::Jsonl, Value::Array(operations)) => {
-            operations.iter().try_for_each(|operation| output::line(&operation.to_string()))
+            operations.iter().try_for_each(|operation| output::line(&compact(operation)))
         }
-        (_, patch) => output::line(&patch.to_string()),
+        (_, patch) => output::line(&compact(patch)),
     }
 }

@@ -4,7 +4,7 @@ use tai_state::{StateRecord, StateStore};
 
 use crate::args::{Format, Get, Global};
 use crate::failure::{Failure, Outcome, exit};
-use crate::output::{object, pretty, state_json, time};
+use crate::output::{compact, object, pretty, state_json, time};
 use crate::point::Point;
 use crate::{address, connect, output};
 
@@ -20,7 +20,7 @@ pub(crate) async fn run(global: &Global, args: &Get) -> Outcome {
     if args.raw {
         return output::line(&match global.output {
             Format::Table => pretty(&snapshot.data),
-            Format::Json | Format::Jsonl => snapshot.data.to_string(),
+            Format::Json | Format::Jsonl => compact(&snapshot.data),
         });
     }
     let why = match snapshot.metadata.reason.as_str() {

@@ -302,13 +302,10 @@ impl Worker {
                     self.counts.applied.fetch_add(1, Ordering::Relaxed);
                     drop(room);
                     if self.acks {
-                        output::line(
-                            &json!({
-                                "line": number, "governor_id": line.governor_id,
-                                "state_id": line.state_id, "version": event.version(),
-                            })
-                            .to_string(),
-                        )?;
+                        output::line(&output::compact(&json!({
+                            "line": number, "governor_id": line.governor_id,
+                            "state_id": line.state_id, "version": event.version(),
+                        })))?;
                     }
                     return Ok(());
                 }

@@ -59,10 +59,9 @@ impl Lines {
         loop {
             self.buffer.clear();
             self.number += 1;
-            let at = format!("{}, line {}", self.name, self.number);
             let mut limited = self.reader.by_ref().take(MOST_BYTES as u64 + 1);
             let read = limited.read_until(b'\n', &mut self.buffer).map_err(|error| {
-                failure::io(&at, &error)
+                failure::io(&format!("{}, line {}", self.name, self.number), &error)
                     .with("line", self.number)
                     .hint("the lines before it were taken in; run it again with the whole input")
             })?;
@@ -70,7 +69,8 @@ impl Lines {
                 return Ok(None);
             }
             if read > MOST_BYTES {
-                let message = format!("{at}: longer than {MOST_BYTES} bytes");
+                let message =
+                    format!("{}: longer than {MOST_BYTES} bytes", self.place(self.number));
                 return Err(Failure::rejected(message).with("line", self.number));
             }
             if !self.buffer.iter().all(u8::is_ascii_whitespace) {

@@ -89,7 +89,7 @@ pub(crate) async fn run(store: &StateStore, args: &Txn) -> Outcome {
             Err(refusal) => {
                 let (id, failure) = *refusal;
                 malformed += 1;
-                output::line(&refused(&id, failure, "not_applied").to_string())?;
+                output::line(&output::compact(&refused(&id, failure, "not_applied")))?;
                 continue;
             }
         };
@@ -97,7 +97,7 @@ pub(crate) async fn run(store: &StateStore, args: &Txn) -> Outcome {
         let actor = request.actor.clone().unwrap_or_else(|| args.actor.clone());
         tasks.spawn(async move {
             let answer = answer(&store, &manager, &request, &actor).await;
-            let written = output::line(&answer.to_string());
+            let written = output::line(&output::compact(&answer));
             drop(permit);
             written
         });
@@ -127,10 +127,8 @@ pub(crate) fn parse(text: &str, number: u64) -> Result<Request, Box<(Value, Fail
     let value =
         strict::parse(text, &place).map_err(|error| Box::new((Value::Null, error.into())))?;
     let id = value.get("id").cloned().unwrap_or(Value::Null);
-    let request: Request = serde_json::from_value(value).map_err(|source| {
-        let subject = place.clone();
-        Box::new((id.clone(), Error::SerializationError { subject, source }.into()))
-    })?;
+    let request: Request =
+        strict::from_value(value, &place).map_err(|error| Box::new((id.clone(), error.into())))?;
     for op in &request.ops {
         address(op.target().1)
             .map_err(|failure| Box::new((id.clone(), failure.context(&place))))?;

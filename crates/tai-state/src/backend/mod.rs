@@ -31,8 +31,15 @@ pub mod memory;
 ///
 /// A backend may keep it as text or as native fields; what it gives back must be the same JSON
 /// value, numbers included (`1` and `1.0` are different, so are `0.0` and `-0.0`).
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Its `Debug` says how long it is, and not what it says: it stands in errors and logs of engines.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Body(String);
+
+impl fmt::Debug for Body {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Body({} bytes)", self.0.len())
+    }
+}
 
 impl Body {
     /// The body for anything that serialises to a JSON object.
@@ -58,9 +65,9 @@ impl Body {
     /// Reads it.
     ///
     /// # Errors
-    /// What `serde_json` says.
+    /// What `serde_json` says, without what it quotes of the body.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
-        serde_json::from_str(&self.0)
+        serde_json::from_str(&self.0).map_err(crate::json::without_values)
     }
 }
 

@@ -228,9 +228,14 @@ async fn make(line: &Arc<Line>, meta: &Meta) -> Result<(), BackendError> {
 }
 
 fn location(config: &FirestoreConfig) -> String {
-    let (project, database) = (config.project.clone(), config.database.clone());
-    let prefix = config.prefix.clone();
-    match config.emulator.clone() {
+    // Before an `@` may stand a password. Such names are refused, by an error that says where.
+    let shown = |name: &String| match name.rsplit_once('@') {
+        Some((_, name)) => format!("…@{name}"),
+        None => name.clone(),
+    };
+    let (project, database) = (shown(&config.project), shown(&config.database));
+    let prefix = shown(&config.prefix);
+    match config.emulator.as_ref().map(shown) {
         Some(host) => StoreUrl::FirestoreEmulator { host, project, database, prefix },
         None => StoreUrl::Firestore { project, database, prefix },
     }
