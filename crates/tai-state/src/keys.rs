@@ -240,6 +240,15 @@ mod tests {
         }
     }
 
+    /// Errors and reports name documents so, and people look for them.
+    #[test]
+    fn are_shown_as_they_are_stored() {
+        let address = Address::new("a/b", "c").unwrap();
+        assert_eq!(address.to_string(), "a%2Fb/c");
+        assert_eq!(address.head().to_string(), "a%2Fb/states/c");
+        assert_eq!(address.event(7).to_string(), "a%2Fb/events/c~00000000000000000007");
+    }
+
     #[test]
     fn refuses_what_cannot_be_kept() {
         assert_eq!(Name::escape("", "state id").unwrap_err().code(), "invalid_state");

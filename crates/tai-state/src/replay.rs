@@ -157,6 +157,39 @@ mod tests {
     }
 
     #[test]
+    fn a_chain_begins_with_version_1_or_names_what_came_before() {
+        let log = log(3);
+        let mut link = Link::first(2);
+        assert_eq!((link.next_version(), link.hash()), (2, None));
+        link.push(&log[1].address, &log[1]).unwrap();
+        assert_eq!((link.next_version(), link.hash()), (3, Some(log[1].hash)));
+
+        let refused = |first: u64, prev_hash| {
+            let index = usize::try_from(first).unwrap() - 1;
+            let mut change = log[index].clone();
+            change.prev_hash = prev_hash;
+            let refused = Link::first(first).push(&change.address, &change).unwrap_err();
+            assert_eq!(refused.code(), "corrupt");
+            refused.to_string()
+        };
+        assert!(refused(1, Some(log[1].hash)).contains("before version 1"));
+        assert!(refused(2, None).contains("names no event before it"));
+        assert!(refused(3, None).contains("names no event before it"));
+    }
+
+    #[test]
+    fn equal_times_follow_one_another_and_all_are_counted() {
+        let mut log = log(4);
+        log[2].timestamp = log[1].timestamp;
+        let mut replay = Replay::from_base(log[0].clone());
+        assert_eq!((replay.folded(), replay.next_version()), (0, 2));
+        for (count, change) in (1..).zip(&log[1..]) {
+            replay.push(change.clone()).unwrap();
+            assert_eq!(replay.folded(), count);
+        }
+    }
+
+    #[test]
     fn damage_is_named_by_version() {
         let good = log(5);
         let other = {

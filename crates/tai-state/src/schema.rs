@@ -4,6 +4,8 @@
 //! See `docs/data-model.md`.
 
 mod beside;
+#[cfg(test)]
+mod edges;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize, Serializer};

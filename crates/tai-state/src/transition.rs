@@ -217,9 +217,8 @@ fn plan_counted(
             Head { change, snapshot_versions: Vec::new(), first_version: version, oldest_version };
         return Ok(Transition { head, save_snapshot: false, drop_snapshots: snapshot_versions });
     }
-    let due = policy.snapshot_interval > 0
-        && policy.snapshot_retention > 0
-        && version.is_multiple_of(policy.snapshot_interval);
+    // No version is a multiple of the interval 0, which means none.
+    let due = policy.snapshot_retention > 0 && version.is_multiple_of(policy.snapshot_interval);
     let mut drop_snapshots = Vec::new();
     if due {
         snapshot_versions.push(version);
@@ -337,6 +336,9 @@ fn within(what: &str, size: u64, limit: u64) -> Result<()> {
     }
     Err(Error::TooLarge { what: what.to_owned(), size, limit })
 }
+
+#[cfg(test)]
+mod edges;
 
 #[cfg(test)]
 pub(crate) mod tests {
