@@ -70,18 +70,26 @@ pub(crate) enum Command {
 pub(crate) enum Harm {
     /// SIGKILL at random moments, creation included.
     Kill,
+    /// A network that is slow, silent, cut or refusing, and a service that stops or dies.
+    Net,
+    /// Every call dropped at every point, and a runtime that ends in the middle of one.
+    Cancel,
 }
 
 impl Harm {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Kill => "kill",
+            Self::Net => "net",
+            Self::Cancel => "cancel",
         }
     }
 
     pub(crate) async fn done_to(self, run: &Run) -> Tally {
         match self {
             Self::Kill => crate::kill::run(run),
+            Self::Net => crate::net::run(run).await,
+            Self::Cancel => crate::cancel::run(run).await,
         }
     }
 }

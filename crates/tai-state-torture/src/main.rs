@@ -12,7 +12,9 @@
 )]
 
 mod args;
+mod cancel;
 mod kill;
+mod net;
 mod page;
 mod random;
 mod record;

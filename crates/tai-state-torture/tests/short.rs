@@ -35,4 +35,6 @@ macro_rules! short_tier {
 
 short_tier! {
     kill => "kill",
+    net => "net",
+    cancel => "cancel",
 }
