@@ -87,6 +87,10 @@ pub(crate) enum Harm {
     Locks,
     /// All of it at once, for as long as is wanted.
     Soak,
+    /// A network that is slow, silent, cut or refusing, and a service that stops or dies.
+    Net,
+    /// Every call dropped at every point, and a runtime that ends in the middle of one.
+    Cancel,
 }
 
 impl Harm {
@@ -99,6 +103,8 @@ impl Harm {
             Self::Append => "append",
             Self::Locks => "locks",
             Self::Soak => "soak",
+            Self::Net => "net",
+            Self::Cancel => "cancel",
         }
     }
 
@@ -111,6 +117,8 @@ impl Harm {
             Self::Append => crate::append::run(run).await,
             Self::Locks => crate::locks::run(run).await,
             Self::Soak => crate::soak::run(run).await,
+            Self::Net => crate::net::run(run).await,
+            Self::Cancel => crate::cancel::run(run).await,
         }
     }
 }

@@ -14,11 +14,14 @@
 mod append;
 mod args;
 mod bank;
+mod cancel;
 mod corrupt;
 mod drawn;
 mod engine;
 mod kill;
+mod kill;
 mod locks;
+mod net;
 mod page;
 mod process;
 mod random;

@@ -40,4 +40,6 @@ short_tier! {
     append => "append",
     locks => "locks",
     soak => "soak",
+    net => "net",
+    cancel => "cancel",
 }

@@ -15,6 +15,7 @@ use crate::clock::new_event_id;
 use crate::conditions::{CommandKey, Conditions};
 use crate::error::{Error, Result};
 use crate::keys::{Address, Name};
+use crate::patience::Deadline;
 use crate::proposal::{Beside, NewCommand};
 use crate::reader::lift;
 use crate::records::Records;
@@ -121,15 +122,17 @@ impl Records {
     pub(crate) async fn answer_to(
         &self,
         asked: &Asked,
+        deadline: Deadline,
     ) -> Result<Option<(Change, Option<Arc<Head>>)>> {
-        let Some(there) = self.reader().command(&asked.key.0).await? else { return Ok(None) };
+        let found = self.reader_within(deadline.left()).command(&asked.key.0).await?;
+        let Some(there) = found else { return Ok(None) };
         asked.check(&there)?;
         let Answered::Event { governor, state, version } = &there.answer else {
             return Err(asked.reused());
         };
         let address = Address::new(governor, state)?;
         let versions: Vec<u64> = (version.saturating_sub(1).max(1)..=*version).collect();
-        let mut found = self.reader().changes_at(&address, &versions).await?;
+        let mut found = self.reader_within(deadline.left()).changes_at(&address, &versions).await?;
         let Some(change) = found.pop().flatten() else {
             return Err(Error::HistoryTrimmed {
                 governor: governor.clone(),

@@ -440,6 +440,9 @@ impl TransactionManager {
     ) -> Result<Vec<DistributedLock>> {
         let mut pursuit = self.pursuit(resources, client_id, lease)?;
         let waiting = Deadline::after(wait);
+        // A look must have its time, however short the wait; all of them together have no more.
+        let retry = &self.records.options().retry;
+        let by = Deadline::after(wait.saturating_add(retry.attempt_timeout));
         // First come, first served; who wants several waits for no line, so that nobody waits for
         // one who waits for him.
         let place = match pursuit.keys.as_slice() {
@@ -454,10 +457,13 @@ impl TransactionManager {
         let (mut late_tries, mut unclear) = (0, 0);
         loop {
             let asked = Stopwatch::start();
-            // A look must have its time, however short the wait.
-            let retry = &self.records.options().retry;
-            let look = waiting.left().saturating_add(retry.attempt_timeout);
-            let deadline = Deadline::after(look.min(retry.deadline));
+            // What rang before a look is seen by it.
+            if let Some(watch) = &mut alarm
+                && watch.hush().await.is_err()
+            {
+                alarm = None;
+            }
+            let deadline = Deadline::after(by.left().min(retry.deadline));
             let (found, moment) = self.records.look_at_leases(&pursuit.keys, deadline).await?;
             let anchor = Anchor { moment, asked };
             pursuit.may_have &= pursuit.is_unclear || pursuit.has_one_of(&found);
@@ -470,15 +476,29 @@ impl TransactionManager {
                 if late_tries > LATE_TRIES {
                     return Err(held("others", pursuit.keys.first(), 0));
                 }
-                // Who gets no answer does not hammer; who lost a race tries again soon.
-                let wait = match pursuit.is_unclear {
+                // Who lost a race is rung for by the winner; looking before that tells nothing.
+                let is_watched = pursuit.keys.len() == 1 && !pursuit.is_unclear;
+                if let Some(watch) = alarm.as_mut().filter(|_| is_watched && !waiting.is_over()) {
+                    let most = waiting.left().min(LOOK_AGAIN);
+                    if matches!(tokio::time::timeout(most, watch.ring()).await, Ok(Err(_))) {
+                        alarm = None;
+                    }
+                }
+                // Who gets no answer does not hammer, and once the waiting is over not for long.
+                let pause = match pursuit.is_unclear {
                     true => {
                         unclear += 1;
+                        if by.is_over() || (waiting.is_over() && unclear >= retry.max_attempts) {
+                            let resource = pursuit.keys.first().map(|key| key.name.id());
+                            let operation =
+                                format!("acquiring the lock {}", resource.unwrap_or_default());
+                            return Err(Error::Timeout { operation, after: by.limit() });
+                        }
                         retry.backoff(unclear)
                     }
-                    false => jitter(SPREAD),
+                    false => jitter(self.spread()),
                 };
-                tokio::time::sleep(wait).await;
+                tokio::time::sleep(pause.min(by.left())).await;
                 continue;
             };
             if waiting.is_over() || (place.is_some() && turn.is_none()) {
@@ -505,9 +525,13 @@ impl TransactionManager {
                 }
                 None => tokio::time::sleep((POLL / 2 + jitter(POLL)).min(rest)).await,
             }
-            let spread = if self.records.reads_are_cheap() { SPREAD / 10 } else { SPREAD };
-            tokio::time::sleep(jitter(spread)).await;
+            tokio::time::sleep(jitter(self.spread())).await;
         }
+    }
+
+    /// Over what those who are woken together spread.
+    fn spread(&self) -> Duration {
+        if self.records.reads_are_cheap() { SPREAD / 10 } else { SPREAD }
     }
 
     fn pursuit<R: AsRef<str>>(

@@ -52,6 +52,14 @@ impl Watch {
     pub(crate) async fn ring(&mut self) -> Result<Rung> {
         self.alarm.ring().await.map_err(|error| lift(error, &self.location))
     }
+
+    /// Takes away what has rung by now, for whoever looks next anyway.
+    pub(crate) async fn hush(&mut self) -> Result<()> {
+        while let Ok(rung) = tokio::time::timeout(Duration::ZERO, self.ring()).await {
+            rung?;
+        }
+        Ok(())
+    }
 }
 
 /// Typed reading through a backend or one of its views.

@@ -265,16 +265,17 @@ impl Records {
         conditions: &Conditions,
     ) -> Result<(Change, Option<Arc<Head>>)> {
         let asked = conditions.key.as_ref().map(|key| Asked::new(key, request));
+        let deadline = self.deadline();
         if let Some(asked) = asked.as_ref().filter(|_| self.reads_are_cheap())
-            && let Some(answer) = self.answer_to(asked).await?
+            && let Some(answer) = self.answer_to(asked, deadline).await?
         {
             return Ok(answer);
         }
-        let applied = self.apply_anew(request, policy, conditions, asked.as_ref()).await;
+        let applied = self.apply_anew(request, policy, conditions, asked.as_ref(), deadline).await;
         match (applied, asked) {
             // What stands in the way may be the answer to the same command. What is not known stays so.
             (Err(error), Some(asked)) if !matches!(error, Error::OutcomeUnknown { .. }) => {
-                match self.answer_to(&asked).await {
+                match self.answer_to(&asked, deadline.for_a_last_look()).await {
                     Err(other) if other.is_permanent() => Err(other),
                     answer => answer.ok().flatten().ok_or(error),
                 }
@@ -289,9 +290,9 @@ impl Records {
         policy: &PersistenceConfig,
         conditions: &Conditions,
         asked: Option<&Asked>,
+        deadline: Deadline,
     ) -> Result<(Change, Option<Arc<Head>>)> {
         let address = &request.address;
-        let deadline = self.deadline();
         let guess_absent = request.expect == transition::Expect::Any
             && matches!(request.wish, transition::Wish::Put(_))
             && !self.reads_are_cheap();
@@ -348,7 +349,7 @@ impl Records {
                         error @ Error::VersionConflict { .. } => {
                             // The answer under the same key may be what was faster.
                             if let Some(asked) = asked
-                                && let Some(answer) = self.answer_to(asked).await?
+                                && let Some(answer) = self.answer_to(asked, deadline).await?
                             {
                                 return Ok(answer);
                             }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use crate::backend::{
     Alarm, Backend, BackendError, Committed, Document, Found, Identity, Key, Kind, Limits, Moment,
     Name, Operation, Page, Query, Read, Scan, Write,
 };
+use crate::clock::Stopwatch;
 
 /// What happens to one commit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +65,9 @@ pub struct FaultyBackend {
     faults: Arc<Mutex<VecDeque<CommitFault>>>,
     is_held: Arc<watch::Sender<bool>>,
     commits: Arc<AtomicU64>,
+    is_down: Arc<AtomicBool>,
+    started: Stopwatch,
+    times: Arc<Mutex<Vec<Duration>>>,
     delay: Duration,
     poison: Option<&'static str>,
     planned: Arc<Mutex<Option<Planned>>>,
@@ -83,7 +87,20 @@ impl FaultyBackend {
         let is_held = Arc::new(watch::Sender::new(false));
         let (commits, delay, poison) = (Arc::default(), Duration::ZERO, None);
         let (planned, is_far) = (Arc::default(), false);
-        Self { inner, faults, is_held, commits, delay, poison, planned, is_far }
+        let (is_down, started, times) = (Arc::default(), Stopwatch::start(), Arc::default());
+        Self {
+            inner,
+            faults,
+            is_held,
+            commits,
+            is_down,
+            started,
+            times,
+            delay,
+            poison,
+            planned,
+            is_far,
+        }
     }
 
     /// Says that its reads are not cheap, as if they went over a network.
@@ -154,6 +171,23 @@ impl FaultyBackend {
         self.commits.load(Ordering::SeqCst)
     }
 
+    /// When each commit came, counted from when this was made.
+    #[must_use]
+    pub fn commit_times(&self) -> Vec<Duration> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// How long ago this was made.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Whether from now on each commit is refused as if the service were not there.
+    pub fn go_down(&self, is_down: bool) {
+        self.is_down.store(is_down, Ordering::SeqCst);
+    }
+
     /// The next commits meet these.
     pub fn inject(&self, faults: impl IntoIterator<Item = CommitFault>) {
         self.faults.lock().unwrap_or_else(PoisonError::into_inner).extend(faults);
@@ -216,6 +250,11 @@ impl Read for FaultyBackend {
 impl Backend for FaultyBackend {
     async fn commit(&self, writes: Vec<Write>) -> Result<Committed, BackendError> {
         self.commits.fetch_add(1, Ordering::SeqCst);
+        let came = self.started.elapsed();
+        self.times.lock().unwrap_or_else(PoisonError::into_inner).push(came);
+        if self.is_down.load(Ordering::SeqCst) {
+            return Err(BackendError::Unavailable("it is down".into()));
+        }
         if !self.delay.is_zero() {
             tokio::time::sleep(self.delay).await;
         }
@@ -271,6 +310,9 @@ impl Backend for FaultyBackend {
     }
 
     async fn get_at(&self, keys: &[Key]) -> Result<(Vec<Option<Document>>, Moment), BackendError> {
+        if let Some(key) = keys.first() {
+            self.come(Call::Get(key.kind)).await;
+        }
         self.inner.get_at(keys).await
     }
 

@@ -20,6 +20,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::meter::Record;
+use super::narrow::Narrow;
 use super::rules::{Code, Fault};
 use super::{Shared, lock, wire};
 
@@ -47,6 +48,7 @@ pub(super) async fn run(shared: Arc<Shared>, number: u64, client: TcpStream) {
     let link = Arc::new(Link { shared: Arc::clone(&shared), upstream, address, orders });
     let service = service_fn(move |request| serve(Arc::clone(&link), request));
     let _ = client.set_nodelay(true);
+    let client = Narrow::new(client, Arc::clone(&shared.width));
     let mut server = hyper::server::conn::http2::Builder::new(Tasks(Arc::clone(&shared)));
     // A test may have many calls under way and give many of them up.
     server.max_concurrent_streams(None).auto_date_header(false);

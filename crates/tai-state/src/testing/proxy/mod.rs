@@ -20,6 +20,7 @@
 
 mod link;
 mod meter;
+mod narrow;
 mod rules;
 mod wire;
 
@@ -58,6 +59,7 @@ impl Proxy {
             rules: Mutex::default(),
             meter: meter::Meter::default(),
             links: Mutex::default(),
+            width: Arc::default(),
             tasks: Mutex::new(Some(JoinSet::new())),
         });
         shared.spawn(accept(listener, Arc::clone(&shared)));
@@ -92,6 +94,18 @@ impl Proxy {
         for orders in lock(&self.shared.links).values() {
             let _ = orders.send(link::Order::Cut);
         }
+    }
+
+    /// Lets no more than so many bytes a second pass in each direction of each connection.
+    pub fn trickle(&self, bytes_per_second: Option<u64>) {
+        self.shared.width.rate.store(bytes_per_second.unwrap_or(0), Ordering::SeqCst);
+    }
+
+    /// Whether what clients send, and what they are sent, does not pass though all connections stay open
+    /// and new ones are accepted. What waits passes when it is over.
+    pub fn half_open(&self, to_server: bool, to_client: bool) {
+        self.shared.width.is_dead_to_server.store(to_server, Ordering::SeqCst);
+        self.shared.width.is_dead_to_client.store(to_client, Ordering::SeqCst);
     }
 
     /// Sends connections that are made from now on to another server.
@@ -138,6 +152,7 @@ struct Shared {
     rules: Mutex<Vec<rules::Active>>,
     meter: meter::Meter,
     links: Mutex<BTreeMap<u64, UnboundedSender<link::Order>>>,
+    width: Arc<narrow::Width>,
     /// None once the proxy is dropped.
     tasks: Mutex<Option<JoinSet<()>>>,
 }
