@@ -169,6 +169,39 @@ async fn a_purge_leaves_a_tombstone_without_data(make: Make<'_>) {
     assert_eq!(forged.unwrap_err().code(), "invalid_state");
 }
 
+/// That it is deleted does not mean that nothing of it is left.
+async fn a_deleted_state_can_be_purged(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 10).await;
+    store.delete_state("g", "s", None, why()).await.unwrap();
+    let report = persister.purge("g", "s", why(), |_| {}).await.unwrap();
+    assert_eq!((report.version, report.events, report.snapshots), (62, 61, 2));
+    persister.verify_purge(&report).await.unwrap();
+    let error = store.state_at_version("g", "s", 60).await.unwrap_err();
+    assert_eq!(error.code(), "history_trimmed");
+    proved(&store).await;
+}
+
+async fn two_clean_ups_add_up(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 25).await;
+    for n in 1..=4 {
+        let change = NewTransition::to("other", "s", "tick", json!(n), why()).at(day(n));
+        persister.append(change).await.unwrap();
+    }
+    let options = CleanupOptions::before(day(55));
+    let one = persister.cleanup("g", &options, |_| {}).await.unwrap();
+    let mut two = persister.cleanup("other", &options, |_| {}).await.unwrap();
+    assert_eq!((one.events, one.snapshots, one.snapshots_saved, one.states), (54, 2, 1, 1));
+    assert_eq!((two.events, two.snapshots, two.snapshots_saved, two.states), (3, 0, 1, 1));
+    two.problems.push("a problem".into());
+    let sum = one.clone().and(two.clone());
+    assert_eq!((sum.events, sum.snapshots, sum.snapshots_saved), (57, 2, 2));
+    assert_eq!((sum.states, sum.states_trimmed), (2, 2));
+    assert_eq!(sum.recovered_bytes, one.recovered_bytes + two.recovered_bytes);
+    assert_eq!(two.clone().and(one).snapshots, 2);
+    assert_eq!((sum.problems, sum.cutoff), (two.problems, day(55)));
+    proved(&store).await;
+}
+
 async fn a_purge_that_left_something_is_found_out(make: Make<'_>) {
     let (_, persister) = sixty_days(make, 10).await;
     let report = persister.purge("g", "s", why(), |_| {}).await.unwrap();
@@ -259,6 +292,8 @@ on_every_backend!(
     nothing_of_a_head_is_ever_removed,
     so_many_versions_are_kept_whatever_their_age,
     a_purge_leaves_a_tombstone_without_data,
+    a_deleted_state_can_be_purged,
+    two_clean_ups_add_up,
     a_purge_that_left_something_is_found_out,
     snapshots_are_saved_and_pruned_by_hand,
     cleaning_up_under_load_disturbs_nobody,
