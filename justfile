@@ -22,3 +22,7 @@ bench *ARGS:
 torture ROUNDS="1000":
     TAI_STATE_ROUNDS={{ROUNDS}} cargo test --release -p tai-state --test damage -- --nocapture
     TAI_STATE_ROUNDS={{ROUNDS}} cargo test --release -p tai-state-cli --test kill -- --nocapture nothing_acknowledged
+
+# Changes the code in small ways and counts what no test notices: `docs/mutation.md`. Arguments: groups of files.
+mutants *GROUPS:
+    .ci/mutants {{GROUPS}}

@@ -181,6 +181,23 @@ async fn a_deleted_state_can_be_purged(make: Make<'_>) {
     proved(&store).await;
 }
 
+/// History that begins where it is to begin is left alone, and a dry run says so.
+async fn what_is_not_older_is_left_alone(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 25).await;
+    for at in [day(0), day(1), day(2) - TimeDelta::microseconds(1)] {
+        let options = CleanupOptions::before(at);
+        let dry = persister.cleanup("g", &options.clone().dry_run(), |_| {}).await.unwrap();
+        let done = persister.cleanup("g", &options, |_| {}).await.unwrap();
+        for report in [dry, done] {
+            assert_eq!((report.states, report.states_trimmed, report.events), (1, 0, 0));
+            assert_eq!((report.snapshots, report.snapshots_saved), (0, 0));
+            assert_eq!(report.recovered_bytes, 0);
+        }
+    }
+    assert_eq!(store.history("g", "s", ..).await.unwrap().next_page().await.unwrap().len(), 60);
+    proved(&store).await;
+}
+
 async fn two_clean_ups_add_up(make: Make<'_>) {
     let (store, persister) = sixty_days(make, 25).await;
     for n in 1..=4 {
@@ -293,6 +310,7 @@ on_every_backend!(
     so_many_versions_are_kept_whatever_their_age,
     a_purge_leaves_a_tombstone_without_data,
     a_deleted_state_can_be_purged,
+    what_is_not_older_is_left_alone,
     two_clean_ups_add_up,
     a_purge_that_left_something_is_found_out,
     snapshots_are_saved_and_pruned_by_hand,
