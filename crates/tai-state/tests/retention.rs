@@ -198,6 +198,21 @@ async fn what_is_not_older_is_left_alone(make: Make<'_>) {
     proved(&store).await;
 }
 
+/// Wherever the cut falls among the saved snapshots, a dry run counts what is then done.
+async fn a_dry_run_counts_what_is_done(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 25).await;
+    for (n, snapshots, saved) in [(24, 0, 1), (25, 1, 0), (26, 1, 1), (50, 1, 0), (55, 1, 1)] {
+        let options = CleanupOptions::before(day(n));
+        let mut dry = persister.cleanup("g", &options.clone().dry_run(), |_| {}).await.unwrap();
+        let done = persister.cleanup("g", &options, |_| {}).await.unwrap();
+        assert_eq!((done.snapshots, done.snapshots_saved), (snapshots, saved), "{n}");
+        assert!(dry.dry_run && !done.dry_run && done.recovered_bytes > 0);
+        dry.dry_run = false;
+        assert_eq!(dry, done, "{n}");
+    }
+    proved(&store).await;
+}
+
 async fn two_clean_ups_add_up(make: Make<'_>) {
     let (store, persister) = sixty_days(make, 25).await;
     for n in 1..=4 {
@@ -311,6 +326,7 @@ on_every_backend!(
     a_purge_leaves_a_tombstone_without_data,
     a_deleted_state_can_be_purged,
     what_is_not_older_is_left_alone,
+    a_dry_run_counts_what_is_done,
     two_clean_ups_add_up,
     a_purge_that_left_something_is_found_out,
     snapshots_are_saved_and_pruned_by_hand,
