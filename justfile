@@ -29,3 +29,7 @@ torture TIER="long":
     done
     cargo run --quiet --release -p tai-state-torture -- page
     exit "$failed"
+
+# Changes the code in small ways and counts what no test notices: `docs/mutation.md`. Arguments: groups of files.
+mutants *GROUPS:
+    .ci/mutants {{GROUPS}}

@@ -19,7 +19,6 @@ mod corrupt;
 mod drawn;
 mod engine;
 mod kill;
-mod kill;
 mod locks;
 mod net;
 mod page;

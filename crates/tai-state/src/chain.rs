@@ -321,10 +321,42 @@ mod tests {
         assert_eq!(count, 6);
     }
 
+    /// What is hashed is canonical JSON also where there are several of a thing.
+    #[test]
+    fn several_nodes_and_entries_are_hashed_as_canonical_json() {
+        let metadata = serde_json::json!({
+            "changed_by": "a", "context": {"x": 1, "y": [2], "z": null}, "parent_version": 3, "reason": "b",
+        });
+        let causality = serde_json::json!({"n1": 4, "n2": 5, "n3": 6});
+        let change = Change {
+            address: Address::new("g", "s").unwrap(),
+            version: 7,
+            id: "i".into(),
+            action: "act".into(),
+            timestamp: DateTime::UNIX_EPOCH,
+            causality: serde_json::from_value(causality.clone()).unwrap(),
+            metadata: serde_json::from_value(metadata.clone()).unwrap(),
+            deleted: false,
+            data: serde_json::json!({"k": [1, 2], "l": {}}),
+            prev_hash: Some(Change::NO_HASH),
+            hash: Change::NO_HASH,
+        };
+        let mut written = Vec::new();
+        change.write_hashed(&mut written).unwrap();
+        let wanted = serde_json::json!({
+            "action": "act", "causality": causality, "data": change.data, "deleted": false, "format": 1,
+            "governor_id": "g", "id": "i", "metadata": metadata, "prev_hash": "0".repeat(64),
+            "state_id": "s", "timestamp": "1970-01-01T00:00:00Z", "version": 7,
+        });
+        assert_eq!(String::from_utf8(written).unwrap(), crate::json::canonical(&wanted));
+    }
+
     #[test]
     fn hex_is_read_strictly() {
         let hex = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
-        assert_eq!(Hash::from_hex(hex).unwrap().to_string(), hex);
+        let hash = Hash::from_hex(hex).unwrap();
+        assert_eq!((hash.to_string().as_str(), &hash.as_bytes()[..2]), (hex, &[0xba, 0x78][..]));
+        assert_eq!(format!("{hash:?}"), hex);
         for bad in ["", "ba", &hex.to_uppercase(), &format!("{hex}00"), &hex.replace('b', "g")] {
             assert_eq!(Hash::from_hex(bad), None);
         }

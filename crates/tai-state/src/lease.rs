@@ -221,6 +221,7 @@ mod tests {
             ("e", 9_000_000, Standing::Free),
             ("e", u64::MAX, Standing::Free),
             // The clock cannot have been here.
+            ("e", 5_000_000, Standing::Held(ms(4_000))),
             ("e", 4_999_999, Standing::Watch(ms(2_000))),
             ("other", 9_000_000, Standing::Watch(ms(2_000))),
         ] {
@@ -230,6 +231,36 @@ mod tests {
         let renewed = lease.renewed(&now("e", 8_500_000));
         assert_eq!(renewed.standing(&now("e", 9_000_000).moment), Standing::Held(ms(1_500)));
         assert_eq!((renewed.fencing_token, renewed.lock_token), (1, "a-t".to_owned()));
+    }
+
+    /// What people are shown goes along with what is judged.
+    #[test]
+    fn a_renewal_moves_both_ends() {
+        let lease = Lease::grant(None, &wanted("a", 2_000), &now("e", 7_000_000)).unwrap();
+        assert_eq!(lease.expires_at - lease.acquired_at, chrono::TimeDelta::seconds(2));
+        let mut later = now("f", 9_000_000);
+        later.wall += chrono::TimeDelta::seconds(30);
+        let renewed = lease.renewed(&later);
+        assert_eq!(renewed.ends, Moment { epoch: "f".into(), micros: 11_000_000 });
+        assert_eq!(renewed.acquired_at, lease.acquired_at);
+        assert_eq!(renewed.expires_at - renewed.acquired_at, chrono::TimeDelta::seconds(32));
+        assert!(renewed.held && !renewed.broken);
+    }
+
+    #[test]
+    fn how_a_grant_ended_is_said() {
+        let lease = Lease::grant(None, &wanted("a", 100), &now("e", 0)).unwrap();
+        let next = Lease::grant(Some(&lease), &wanted("b", 100), &now("e", 200_000)).unwrap();
+        for (lease, reason) in [
+            (None, "never granted here"),
+            (Some(&next), "b got it with fencing token 2"),
+            (Some(&lease.taken_away()), "taken away"),
+            (Some(&lease.released()), "released"),
+        ] {
+            let lost = Lease::check(lease, "r", 1).unwrap_err().to_string();
+            assert!(lost.contains(reason), "{lost}");
+        }
+        assert!(!lease.taken_away().held && lease.taken_away().broken);
     }
 
     #[test]
@@ -267,7 +298,17 @@ mod tests {
         for wanted in [wanted("a", 0), wanted("a", 86_400_001), wanted("", 1_000)] {
             assert_eq!(wanted.check("r").unwrap_err().code(), "invalid_state");
         }
+        let name = |bytes| wanted(&"c".repeat(bytes), 1_000).check("r");
+        assert!(name(512).is_ok() && name(513).is_err());
+        for (lease_ms, is_taken) in
+            [(49, false), (50, true), (86_400_000, true), (86_400_001, false)]
+        {
+            assert_eq!(wanted("a", lease_ms).check("r").is_ok(), is_taken, "{lease_ms}");
+        }
         let mut last = Lease::grant(None, &wanted("a", 100), &now("e", 0)).unwrap();
+        last.fencing_token = crate::transition::MAX_COUNTER - 1;
+        let newest = Lease::grant(Some(&last), &wanted("b", 100), &now("e", 0)).unwrap();
+        assert_eq!(newest.fencing_token, crate::transition::MAX_COUNTER);
         last.fencing_token = crate::transition::MAX_COUNTER;
         assert!(Lease::grant(Some(&last), &wanted("b", 100), &now("e", 0)).is_err());
     }

@@ -170,6 +170,71 @@ async fn a_purge_leaves_a_tombstone_without_data(make: Make<'_>) {
     assert_eq!(forged.unwrap_err().code(), "invalid_state");
 }
 
+/// That it is deleted does not mean that nothing of it is left.
+async fn a_deleted_state_can_be_purged(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 10).await;
+    store.delete_state("g", "s", None, why()).await.unwrap();
+    let report = persister.purge("g", "s", why(), |_| {}).await.unwrap();
+    assert_eq!((report.version, report.events, report.snapshots), (62, 61, 2));
+    persister.verify_purge(&report).await.unwrap();
+    let error = store.state_at_version("g", "s", 60).await.unwrap_err();
+    assert_eq!(error.code(), "history_trimmed");
+    proved(&store).await;
+}
+
+/// History that begins where it is to begin is left alone, and a dry run says so.
+async fn what_is_not_older_is_left_alone(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 25).await;
+    for at in [day(0), day(1), day(2) - TimeDelta::microseconds(1)] {
+        let options = CleanupOptions::before(at);
+        let dry = persister.cleanup("g", &options.clone().dry_run(), |_| {}).await.unwrap();
+        let done = persister.cleanup("g", &options, |_| {}).await.unwrap();
+        for report in [dry, done] {
+            assert_eq!((report.states, report.states_trimmed, report.events), (1, 0, 0));
+            assert_eq!((report.snapshots, report.snapshots_saved), (0, 0));
+            assert_eq!(report.recovered_bytes, 0);
+        }
+    }
+    assert_eq!(store.history("g", "s", ..).await.unwrap().next_page().await.unwrap().len(), 60);
+    proved(&store).await;
+}
+
+/// Wherever the cut falls among the saved snapshots, a dry run counts what is then done.
+async fn a_dry_run_counts_what_is_done(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 25).await;
+    for (n, snapshots, saved) in [(24, 0, 1), (25, 1, 0), (26, 1, 1), (50, 1, 0), (55, 1, 1)] {
+        let options = CleanupOptions::before(day(n));
+        let mut dry = persister.cleanup("g", &options.clone().dry_run(), |_| {}).await.unwrap();
+        let done = persister.cleanup("g", &options, |_| {}).await.unwrap();
+        assert_eq!((done.snapshots, done.snapshots_saved), (snapshots, saved), "{n}");
+        assert!(dry.dry_run && !done.dry_run && done.recovered_bytes > 0);
+        dry.dry_run = false;
+        assert_eq!(dry, done, "{n}");
+    }
+    proved(&store).await;
+}
+
+async fn two_clean_ups_add_up(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 25).await;
+    for n in 1..=4 {
+        let change = NewTransition::to("other", "s", "tick", json!(n), why()).at(day(n));
+        persister.append(change).await.unwrap();
+    }
+    let options = CleanupOptions::before(day(55));
+    let one = persister.cleanup("g", &options, |_| {}).await.unwrap();
+    let mut two = persister.cleanup("other", &options, |_| {}).await.unwrap();
+    assert_eq!((one.events, one.snapshots, one.snapshots_saved, one.states), (54, 2, 1, 1));
+    assert_eq!((two.events, two.snapshots, two.snapshots_saved, two.states), (3, 0, 1, 1));
+    two.problems.push("a problem".into());
+    let sum = one.clone().and(two.clone());
+    assert_eq!((sum.events, sum.snapshots, sum.snapshots_saved), (57, 2, 2));
+    assert_eq!((sum.states, sum.states_trimmed), (2, 2));
+    assert_eq!(sum.recovered_bytes, one.recovered_bytes + two.recovered_bytes);
+    assert_eq!(two.clone().and(one).snapshots, 2);
+    assert_eq!((sum.problems, sum.cutoff), (two.problems, day(55)));
+    proved(&store).await;
+}
+
 async fn a_purge_that_left_something_is_found_out(make: Make<'_>) {
     let (_, persister) = sixty_days(make, 10).await;
     let report = persister.purge("g", "s", why(), |_| {}).await.unwrap();
@@ -260,6 +325,10 @@ on_every_backend!(
     nothing_of_a_head_is_ever_removed,
     so_many_versions_are_kept_whatever_their_age,
     a_purge_leaves_a_tombstone_without_data,
+    a_deleted_state_can_be_purged,
+    what_is_not_older_is_left_alone,
+    a_dry_run_counts_what_is_done,
+    two_clean_ups_add_up,
     a_purge_that_left_something_is_found_out,
     snapshots_are_saved_and_pruned_by_hand,
     cleaning_up_under_load_disturbs_nobody,

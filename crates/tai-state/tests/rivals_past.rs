@@ -12,7 +12,7 @@ use common::{every_backend, snapshot, why};
 use serde_json::json;
 use tai_state::backend::memory::MemoryBackend;
 use tai_state::backend::{Backend, Key, Kind, Name, Precondition, Write};
-use tai_state::testing::faults::{CommitFault, FaultyBackend};
+use tai_state::testing::faults::{Call, CommitFault, FaultyBackend};
 use tai_state::{
     CleanupOptions, Error, PersistenceConfig, StateMachinePersister, StateStore, StoreOptions,
     TransactionManager,
@@ -192,6 +192,49 @@ async fn a_late_clean_up_overwrites_nothing() {
         assert_eq!((state.version, state.data), (13, json!("new")), "{name}");
         proved(&backend).await;
     }
+}
+
+/// Another clean-up takes away what this one is about to begin history with: there is nothing left to do,
+/// and nothing is damaged.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_up_that_is_overtaken_leaves_the_rest() {
+    for is_far in [false, true] {
+        let backend: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
+        fill(&backend, "s", 40).await;
+        let between = FaultyBackend::new(Arc::clone(&backend), []);
+        let between = if is_far { between.far() } else { between };
+        let faster = on(Arc::clone(&backend));
+        between.at(Call::Get(Kind::Events), 0, move || {
+            let faster = faster.clone();
+            async move {
+                let options = CleanupOptions::older_than(Duration::ZERO).keep_versions(3);
+                let report = faster.cleanup("g", &options, |_| {}).await.unwrap();
+                assert_eq!(report.events, 37);
+            }
+        });
+        let options = CleanupOptions::older_than(Duration::ZERO).keep_versions(8);
+        let report = on(Arc::new(between)).cleanup("g", &options, |_| {}).await.unwrap();
+        assert_eq!((report.events, report.states_trimmed), (0, 0));
+        assert!(report.problems.is_empty(), "{:?}", report.problems);
+        proved(&backend).await;
+    }
+}
+
+/// The event at which history is to begin is missing: that is damage, is said once, and stops nobody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_up_passes_over_what_is_damaged() {
+    let backend: Arc<dyn Backend> = Arc::new(MemoryBackend::new());
+    for id in ["a", "b", "c"] {
+        fill(&backend, id, 12).await;
+    }
+    let name = |id| Name::escape(id, "id").unwrap();
+    let key = Key { governor: name("g"), kind: Kind::Events, name: name("b"), version: 9 };
+    backend.commit(vec![Write::delete(key, Precondition::Any)]).await.unwrap();
+    let options = CleanupOptions::older_than(Duration::ZERO).keep_versions(4);
+    let report = on(backend).cleanup("g", &options, |_| {}).await.unwrap();
+    assert_eq!((report.states, report.states_trimmed, report.events), (3, 2, 16));
+    assert_eq!(report.problems.len(), 1);
+    assert!(report.problems[0].contains("g/b"), "{:?}", report.problems);
 }
 
 /// The holder of a lock cleans up while its lease is renewed; who has lost it removes nothing more.
