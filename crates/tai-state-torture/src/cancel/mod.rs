@@ -34,7 +34,7 @@ const SOON: Duration = Duration::from_secs(10);
 const WOKEN: Duration = Duration::from_secs(2);
 const LEASE: Duration = Duration::from_secs(60);
 /// No call needs more polls.
-const MOST_POLLS: u64 = 1_000;
+const MOST_POLLS: u64 = 2_000;
 const CONTROL: &str = "two writes that are no transaction";
 
 /// Where stores are.
@@ -298,7 +298,7 @@ enum Polled<T> {
 /// Polls a future so often, each time when it was woken, and drops it: at once, or when it would have been
 /// polled again.
 async fn polled<T>(
-    mut future: Pin<Box<dyn Future<Output = T> + Send>>,
+    mut future: Pin<Box<dyn Future<Output = T> + Send + '_>>,
     times: u64,
     at_once: bool,
 ) -> Polled<T> {
@@ -331,22 +331,15 @@ async fn feeds(what: &str, store: &StateStore, tally: &mut Tally) {
     let mut feed = store.watch("feed", "a").unwrap();
     let (mut told, mut polls) = (Vec::new(), 1);
     while told.len() < EVENTS as usize {
-        let next: Pin<Box<dyn Future<Output = Result<Event, Error>> + Send>> =
+        let next: Pin<Box<dyn Future<Output = Result<Event, Error>> + Send + '_>> =
             Box::pin(feed.next());
-        let mut next = next;
-        let bell = Arc::new(Bell(Notify::new()));
-        let waker = Waker::from(Arc::clone(&bell));
-        let mut got = None;
-        for _ in 0..polls {
-            match next.as_mut().poll(&mut Context::from_waker(&waker)) {
-                Poll::Ready(event) => {
-                    got = Some(event);
-                    break;
-                }
-                Poll::Pending => drop(timeout(WOKEN, bell.0.notified()).await),
+        let got = match polled(next, polls, false).await {
+            Polled::Ended(event) => Some(event),
+            Polled::Dropped => None,
+            Polled::Asleep => {
+                return tally.broken(format!("{what}, a feed: silent after {told:?}"));
             }
-        }
-        drop(next);
+        };
         match got {
             Some(Ok(event)) => {
                 told.push(event.version());
@@ -359,9 +352,6 @@ async fn feeds(what: &str, store: &StateStore, tally: &mut Tally) {
                 tally.count("of them after their first poll", 1);
                 polls += 1;
             }
-        }
-        if polls > MOST_POLLS {
-            return tally.broken(format!("{what}, a feed: silent after {told:?}"));
         }
     }
     let all: Vec<u64> = (1..=EVENTS).collect();

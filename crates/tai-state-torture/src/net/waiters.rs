@@ -9,7 +9,7 @@ use tai_state::backend::{Backend, Kind};
 use tai_state::testing::emulator::Emulator;
 use tai_state::testing::faults::{Call, FaultyBackend};
 use tai_state::{StateStore, StoreOptions, TransactionManager};
-use tokio::sync::Barrier;
+use tokio::sync::{Barrier, mpsc};
 use tokio::task::JoinSet;
 
 use super::Behind;
@@ -17,6 +17,10 @@ use crate::run::Tally;
 
 const WAITERS: u64 = 50;
 const LOOKS: u64 = 2;
+/// So many of them are counted.
+const RELEASES: usize = 15;
+/// In hundredths: who waits looks every few seconds in any case, whoever is woken or not.
+const IN_ANY_CASE: u64 = 20;
 const LEASE: Duration = Duration::from_secs(60);
 /// So long a holder counts who looks: far longer than those who were woken need, and shorter than the time
 /// after which one looks in any case.
@@ -62,9 +66,10 @@ async fn queue(
     let all_wait = Arc::new(Barrier::new(handles.len() + 1));
     let is_held = Arc::new(AtomicBool::new(true));
     let mut tasks = JoinSet::new();
+    let (tells, mut told) = mpsc::unbounded_channel();
     for (number, handle) in handles.into_iter().enumerate() {
         let (all_wait, is_held) = (Arc::clone(&all_wait), Arc::clone(&is_held));
-        let looks = Arc::clone(&looks);
+        let (looks, tells) = (Arc::clone(&looks), tells.clone());
         tasks.spawn(async move {
             let manager = TransactionManager::new(handle);
             all_wait.wait().await;
@@ -77,16 +82,23 @@ async fn queue(
             is_held.store(false, Ordering::SeqCst);
             let token = lock.fencing_token;
             lock.release().await.unwrap();
-            (token, seen, was_held)
+            let _ = tells.send((token, seen, was_held));
         });
     }
     all_wait.wait().await;
     // They have looked, opened their alarms and looked again.
-    tokio::time::sleep(HOLDS * 10).await;
-    let mut before = looks();
+    let mut before = 0;
+    while before != looks() {
+        before = looks();
+        tokio::time::sleep(HOLDS * 4).await;
+    }
     is_held.store(false, Ordering::SeqCst);
     lock.release().await.unwrap();
-    let mut held = tasks.join_all().await;
+    let mut held = Vec::new();
+    while held.len() < RELEASES {
+        held.extend(told.recv().await);
+    }
+    drop(tasks);
     held.sort_unstable();
     let mut most = 0u64;
     for (index, (given, seen, was_held)) in held.into_iter().enumerate() {
@@ -98,13 +110,12 @@ async fn queue(
         });
         let waiters = WAITERS - index;
         let share = (seen - before).saturating_mul(100) / waiters;
-        // Where few are left, one who looks in any case weighs more than the woken.
-        if waiters >= 10 {
-            most = most.max(share);
-        }
+        most = most.max(share);
         before = seen;
     }
     println!("  {WAITERS} waiters {what}: at most {most} % looks each after a release");
     tally.highest(&format!("hundredths of a look of each waiter after a release, {what}"), most);
-    tally.holds(most <= LOOKS * 100, || format!("{what}: {most} % looks of each waiter"));
+    tally.holds(most <= LOOKS * 100 + IN_ANY_CASE, || {
+        format!("{what}: {most} % looks of each waiter")
+    });
 }
