@@ -68,6 +68,7 @@ pub struct FaultyBackend {
     poison: Option<&'static str>,
     planned: Arc<Mutex<Option<Planned>>>,
     is_far: bool,
+    is_blurred: bool,
 }
 
 impl fmt::Debug for FaultyBackend {
@@ -82,14 +83,20 @@ impl FaultyBackend {
         let faults = Arc::new(Mutex::new(faults.into_iter().collect()));
         let is_held = Arc::new(watch::Sender::new(false));
         let (commits, delay, poison) = (Arc::default(), Duration::ZERO, None);
-        let (planned, is_far) = (Arc::default(), false);
-        Self { inner, faults, is_held, commits, delay, poison, planned, is_far }
+        let (planned, is_far, is_blurred) = (Arc::default(), false, false);
+        Self { inner, faults, is_held, commits, delay, poison, planned, is_far, is_blurred }
     }
 
     /// Says that its reads are not cheap, as if they went over a network.
     #[must_use]
     pub fn far(self) -> Self {
         Self { is_far: true, ..self }
+    }
+
+    /// Says that what it reads together may be of several moments.
+    #[must_use]
+    pub fn blurred(self) -> Self {
+        Self { is_blurred: true, ..self }
     }
 
     /// Before the next such call after `passed` of them, this happens, once.
@@ -277,6 +284,7 @@ impl Backend for FaultyBackend {
     fn limits(&self) -> Limits {
         let mut limits = self.inner.limits();
         limits.reads_are_cheap &= !self.is_far;
+        limits.cuts_are_exact &= !self.is_blurred;
         limits
     }
 
