@@ -72,6 +72,7 @@ pub struct FaultyBackend {
     poison: Option<&'static str>,
     planned: Arc<Mutex<Option<Planned>>>,
     is_far: bool,
+    is_blurred: bool,
 }
 
 impl fmt::Debug for FaultyBackend {
@@ -86,7 +87,7 @@ impl FaultyBackend {
         let faults = Arc::new(Mutex::new(faults.into_iter().collect()));
         let is_held = Arc::new(watch::Sender::new(false));
         let (commits, delay, poison) = (Arc::default(), Duration::ZERO, None);
-        let (planned, is_far) = (Arc::default(), false);
+        let (planned, is_far, is_blurred) = (Arc::default(), false, false);
         let (is_down, started, times) = (Arc::default(), Stopwatch::start(), Arc::default());
         Self {
             inner,
@@ -100,6 +101,7 @@ impl FaultyBackend {
             poison,
             planned,
             is_far,
+            is_blurred,
         }
     }
 
@@ -107,6 +109,12 @@ impl FaultyBackend {
     #[must_use]
     pub fn far(self) -> Self {
         Self { is_far: true, ..self }
+    }
+
+    /// Says that what it reads together may be of several moments.
+    #[must_use]
+    pub fn blurred(self) -> Self {
+        Self { is_blurred: true, ..self }
     }
 
     /// Before the next such call after `passed` of them, this happens, once.
@@ -319,6 +327,7 @@ impl Backend for FaultyBackend {
     fn limits(&self) -> Limits {
         let mut limits = self.inner.limits();
         limits.reads_are_cheap &= !self.is_far;
+        limits.cuts_are_exact &= !self.is_blurred;
         limits
     }
 

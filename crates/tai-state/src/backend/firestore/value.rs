@@ -242,6 +242,9 @@ fn index_entries(value: &Native) -> u64 {
 }
 
 #[cfg(test)]
+mod edges;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::arbitrary_json;
