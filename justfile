@@ -18,6 +18,10 @@ ci:
 bench *ARGS:
     cargo bench -p tai-state --bench embedded -- {{ARGS}}
 
+# Fuzzes every target; needs a nightly compiler and cargo-fuzz. Arguments: seconds for each, targets.
+fuzz *ARGS:
+    fuzz/run {{ARGS}}
+
 # Longer runs of the tests that draw their cases.
 torture ROUNDS="1000":
     TAI_STATE_ROUNDS={{ROUNDS}} cargo test --release -p tai-state --test damage -- --nocapture
