@@ -33,3 +33,6 @@ torture TIER="long":
 # Changes the code in small ways and counts what no test notices: `docs/mutation.md`. Arguments: groups of files.
 mutants *GROUPS:
     .ci/mutants {{GROUPS}}
+# Fuzzes every target; needs a nightly compiler and cargo-fuzz. Arguments: seconds for each, targets.
+fuzz *ARGS:
+    fuzz/run {{ARGS}}
