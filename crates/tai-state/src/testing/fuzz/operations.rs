@@ -131,7 +131,7 @@ impl Run {
         let report = store.verify(|_| {}).await.expect("a sound file");
         assert!(report.ok, "{:?}", report.problems);
         let governors = store.list_governors(None, 10).await.expect("a sound file");
-        let governors: Vec<&str> = governors.iter().map(|it| it.as_str()).collect();
+        let governors: Vec<&str> = governors.iter().map(crate::id::GovernorId::as_str).collect();
         assert_eq!(governors, model.governors());
     }
 }
