@@ -19,7 +19,7 @@ use crate::tool;
 use tree::Tree;
 
 /// A command that says its token and ends with its input.
-const HOLD: &str = r#"echo "$TAI_LOCK_TOKEN"; read -r _; exit 0"#;
+pub(crate) const HOLD: &str = r#"echo "$TAI_LOCK_TOKEN"; read -r _; exit 0"#;
 
 /// A script of the shell `bash`.
 fn bash(script: &str) -> Command {
@@ -30,7 +30,7 @@ fn bash(script: &str) -> Command {
 }
 
 /// A script of the shell that runs, or waits to run, under a lock.
-fn running(store: &Store, name: &str, options: &[&str], script: &str) -> Tree {
+pub(crate) fn running(store: &Store, name: &str, options: &[&str], script: &str) -> Tree {
     let args = [&["-o", "json", "locks", "run", name], options, &["--", "bash", "-c", script]];
     Tree::start(store.command(&args.concat()))
 }

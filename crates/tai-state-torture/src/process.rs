@@ -103,10 +103,8 @@ impl Process {
         early.or_else(|| receiver.recv_timeout(ANSWER).ok())
     }
 
-    /// Ends it in whatever it is doing.
-    pub(crate) fn kill(&self) {
-        self.killed.store(true, Ordering::Relaxed);
-        let _ = self.child.lock().unwrap().kill();
+    pub(crate) fn id(&self) -> u32 {
+        self.child.lock().unwrap().id()
     }
 
     fn send(&self, ops: &[Value]) -> Receiver<Value> {

@@ -1,7 +1,7 @@
 //! What a run is given, what it counts, and the verdict on it.
 
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -127,6 +127,8 @@ pub(crate) struct Control {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Tally {
     counts: Vec<(String, u64)>,
+    /// Counts of which the highest is kept.
+    maxima: BTreeSet<String>,
     least: BTreeMap<String, u64>,
     pub(crate) controls: Vec<Control>,
     broken: Vec<String>,
@@ -145,6 +147,7 @@ impl Tally {
 
     /// Keeps the highest: a longest time, a largest size.
     pub(crate) fn highest(&mut self, what: &str, n: u64) {
+        self.maxima.insert(what.to_owned());
         match self.counts.iter_mut().find(|(name, _)| name == what) {
             Some((_, count)) => *count = n.max(*count),
             None => self.counts.push((what.to_owned(), n)),
@@ -216,7 +219,10 @@ impl Tally {
     /// Takes in what another part of the run has counted.
     pub(crate) fn add(&mut self, other: Self) {
         for (what, n) in &other.counts {
-            self.count(what, *n);
+            match other.maxima.contains(what) {
+                true => self.highest(what, *n),
+                false => self.count(what, *n),
+            }
         }
         self.least.extend(other.least);
         for Control { what, caught, of, least } in other.controls {
@@ -302,7 +308,10 @@ mod tests {
         b.count("images", 3);
         b.at_least("images", 6);
         b.broken("no");
+        a.highest("ms", 7);
+        b.highest("ms", 5);
         a.add(b);
+        assert_eq!(a.counted("ms"), 7);
         assert_eq!((a.counted("images"), a.is_broken()), (5, true));
         assert_eq!(a.too_little(), ["5 images, at least 6 are needed"]);
     }

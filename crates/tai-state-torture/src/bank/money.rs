@@ -191,65 +191,92 @@ async fn works(client: u64, store: StateStore, counts: Arc<Counts>, mut random: 
     }
 }
 
+/// A bank that is open: it moves money until it is told to end.
+#[derive(Debug)]
+pub(crate) struct Open {
+    counts: Arc<Counts>,
+    tasks: tokio::task::JoinSet<()>,
+    /// Of one that nobody works with.
+    last: StateStore,
+}
+
 /// `handles` are of one store, like those of several processes; the last proves it in the end.
-async fn moved(what: &str, seconds: u64, handles: Vec<StateStore>, mut random: Random) -> Tally {
-    let mut tally = Tally::default();
-    founded(&handles[0]).await;
+pub(crate) fn opened(handles: &[StateStore], random: &mut Random) -> Open {
     let counts = Arc::new(Counts::default());
     let mut tasks = tokio::task::JoinSet::new();
     // Two auditors, and a third who does it wrong.
     for client in 0..CLIENTS + 3 {
         let store = handles[client as usize % (handles.len() - 1)].clone();
-        tasks.spawn(works(client, store, Arc::clone(&counts), Random::new(random.next())));
+        tasks.spawn(works(client, store, Arc::clone(&counts), random.split()));
     }
-    tokio::time::sleep(Duration::from_secs(seconds)).await;
-    counts.is_over.store(true, Ordering::Relaxed);
-    tasks.join_all().await;
+    Open { counts, tasks, last: handles[handles.len() - 1].clone() }
+}
 
-    for wrong in counts.wrong.lock().unwrap().iter() {
-        tally.broken(format!("{what}: {wrong}"));
+async fn moved(what: &str, seconds: u64, handles: Vec<StateStore>, mut random: Random) -> Tally {
+    founded(&handles[0]).await;
+    let open = opened(&handles, &mut random);
+    tokio::time::sleep(Duration::from_secs(seconds)).await;
+    open.is_over();
+    open.ended(what).await
+}
+
+impl Open {
+    pub(crate) fn is_over(&self) {
+        self.counts.is_over.store(true, Ordering::Relaxed);
     }
-    // What the heads say, what their logs say, and the proof of both.
-    let last = handles.last().unwrap();
-    for outcome in [by_transaction(&TransactionManager::new(last)).await, by_replay(last).await] {
-        tally.holds(outcome.is_ok(), || format!("{what}, in the end: {outcome:?}"));
+
+    /// What it did, and whether all of the money is there.
+    pub(crate) async fn ended(self, what: &str) -> Tally {
+        let mut tally = Tally::default();
+        let Self { counts, tasks, last } = self;
+        let last = &last;
+        tasks.join_all().await;
+        for wrong in counts.wrong.lock().unwrap().iter() {
+            tally.broken(format!("{what}: {wrong}"));
+        }
+        // What the heads say, what their logs say, and the proof of both.
+        for outcome in [by_transaction(&TransactionManager::new(last)).await, by_replay(last).await]
+        {
+            tally.holds(outcome.is_ok(), || format!("{what}, in the end: {outcome:?}"));
+        }
+        let persister = StateMachinePersister::with_defaults(last);
+        let mut loaded = Vec::new();
+        for id in accounts() {
+            let (state, from_the_log) = persister.load_state(BANK, id).await.unwrap();
+            tally.holds(from_the_log, || format!("{what}: a state was not loaded from its log"));
+            loaded.push(balance(&state));
+        }
+        let outcome = counted(&loaded);
+        tally.holds(outcome.is_ok(), || format!("{what}, loaded: {outcome:?}"));
+        for problem in problems(last).await {
+            tally.broken(format!("{what}: {problem}"));
+        }
+        let is = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let heads = last.batch_get_states(BANK, &accounts()).await.unwrap();
+        let events = heads.iter().map(|head| head.version).sum::<u64>() - ACCOUNTS;
+        tally.holds(events.is_multiple_of(2), || format!("{what}: half a transfer"));
+        let most = is(&counts.moved) + is(&counts.unknown);
+        tally.holds((is(&counts.moved)..=most).contains(&(events / 2)), || {
+            format!("{what}: {events} events, {} to {most} transfers", is(&counts.moved))
+        });
+        for (name, count) in [
+            ("transfers", &counts.moved),
+            ("transfers of unknown outcome", &counts.unknown),
+            ("given up", &counts.given_up),
+            ("audits", &counts.audits),
+            ("audits by snapshot and replay", &counts.replays),
+        ] {
+            tally.count(&format!("{name} on {what}"), is(count));
+        }
+        let (caught, of) = (is(&counts.one_by_one_wrong), is(&counts.one_by_one));
+        let control = format!("an auditor on {what} reads one account after the other");
+        tally.control(&control, caught, of, 1);
+        tally
     }
-    let persister = StateMachinePersister::with_defaults(last);
-    let mut loaded = Vec::new();
-    for id in accounts() {
-        let (state, from_the_log) = persister.load_state(BANK, id).await.unwrap();
-        tally.holds(from_the_log, || format!("{what}: a state was not loaded from its log"));
-        loaded.push(balance(&state));
-    }
-    let outcome = counted(&loaded);
-    tally.holds(outcome.is_ok(), || format!("{what}, loaded: {outcome:?}"));
-    for problem in problems(last).await {
-        tally.broken(format!("{what}: {problem}"));
-    }
-    let is = |count: &AtomicU64| count.load(Ordering::Relaxed);
-    let events = last.get_stats().await.unwrap().total_events - ACCOUNTS;
-    tally.holds(events.is_multiple_of(2), || format!("{what}: half a transfer"));
-    let most = is(&counts.moved) + is(&counts.unknown);
-    tally.holds((is(&counts.moved)..=most).contains(&(events / 2)), || {
-        format!("{what}: {events} events, {} to {most} transfers", is(&counts.moved))
-    });
-    for (name, count) in [
-        ("transfers", &counts.moved),
-        ("transfers of unknown outcome", &counts.unknown),
-        ("given up", &counts.given_up),
-        ("audits", &counts.audits),
-        ("audits by snapshot and replay", &counts.replays),
-    ] {
-        tally.count(&format!("{name} {what}"), is(count));
-    }
-    let (caught, of) = (is(&counts.one_by_one_wrong), is(&counts.one_by_one));
-    let control = format!("an auditor {what} reads one account after the other");
-    tally.control(&control, caught, of, 1);
-    tally
 }
 
 pub(crate) async fn in_a_file(seconds: u64, seed: u64) -> Tally {
-    const WHAT: &str = "in a file";
+    const WHAT: &str = "a file";
     let store = Engine::File.store();
     let mut handles = Vec::new();
     for _ in 0..3 {
@@ -257,15 +284,15 @@ pub(crate) async fn in_a_file(seconds: u64, seed: u64) -> Tally {
     }
     let mut tally = moved(WHAT, seconds, handles, Random::new(seed)).await;
     let least = 1_000 * seconds / 60;
-    tally.at_least(&format!("transfers {WHAT}"), least);
-    tally.at_least(&format!("audits {WHAT}"), least);
-    tally.at_least(&format!("audits by snapshot and replay {WHAT}"), least / 20);
+    tally.at_least(&format!("transfers on {WHAT}"), least);
+    tally.at_least(&format!("audits on {WHAT}"), least);
+    tally.at_least(&format!("audits by snapshot and replay on {WHAT}"), least / 20);
     tally
 }
 
 /// Through a proxy that loses, delays and repeats calls.
 pub(crate) async fn through_faults(engine: Option<Engine>, seconds: u64, seed: u64) -> Tally {
-    const WHAT: &str = "on the emulator through faults";
+    const WHAT: &str = "the emulator through faults";
     let Some(Engine::Emulator(address)) = engine else { return Tally::default() };
     let mut random = Random::new(seed);
     let proxy = Proxy::start(address).await.unwrap();
@@ -306,7 +333,7 @@ pub(crate) async fn through_faults(engine: Option<Engine>, seconds: u64, seed: u
         rule("BatchGetDocuments", per_mille, fault);
     }
     let mut tally = moved(WHAT, seconds, handles, random.clone()).await;
-    tally.at_least(&format!("transfers {WHAT}"), seconds);
-    tally.at_least(&format!("audits {WHAT}"), seconds);
+    tally.at_least(&format!("transfers on {WHAT}"), seconds);
+    tally.at_least(&format!("audits on {WHAT}"), seconds);
     tally
 }

@@ -119,7 +119,7 @@ pub(crate) fn tokens_rise_by_one(
         runtime.block_on(cleaned_up(&opened, &manager));
         drop((manager, opened));
         tally.count("times opened anew, with a clean-up before", 1);
-        if engine == Engine::File && (round + 1) * OPENED_FOR % RESTORED_AFTER == 0 {
+        if engine == Engine::File && ((round + 1) * OPENED_FOR).is_multiple_of(RESTORED_AFTER) {
             restored(&store);
             tally.count("times put back from a copy", 1);
         }
