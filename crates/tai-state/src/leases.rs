@@ -202,3 +202,39 @@ impl Records {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Name;
+
+    /// A lock of a clock that cannot be compared is free when it was seen unchanged for its whole lease,
+    /// and is watched anew when it has changed.
+    #[test]
+    fn what_cannot_be_compared_is_watched() {
+        let name = Name::escape("r", "id").unwrap();
+        let key = Key { governor: name.clone(), kind: Kind::Locks, name, version: 0 };
+        let moment = |epoch: &str| Moment { epoch: epoch.into(), micros: 0 };
+        let wall = chrono::DateTime::UNIX_EPOCH;
+        let lease = Duration::from_millis(60);
+        let wanted = crate::lease::Wanted { client_id: "a".into(), lock_token: "t".into(), lease };
+        let now = crate::lease::Now { moment: moment("before"), wall };
+        let lease_of = Lease::grant(None, &wanted, &now).unwrap();
+        let seen = |n| FoundLease { lease: lease_of.clone(), revision: Revision::new(n) };
+        let locks = Locks::default();
+        let standing = |n, epoch| locks.standing(&key, &seen(n), &moment(epoch));
+
+        let mut left = lease;
+        loop {
+            match standing(1, "after") {
+                Standing::Watch(now) if now <= left => left = now,
+                Standing::Free => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(matches!(standing(2, "after"), Standing::Watch(_)), "it was renewed");
+        // Seen by its own clock, it is judged by that, and what was watched is forgotten.
+        assert_eq!(standing(2, "before"), Standing::Held(lease));
+        assert!(locks.watched.lock().unwrap().is_empty());
+    }
+}

@@ -64,6 +64,46 @@ async fn whatever_becomes_of_the_commit_a_lock_is_granted_once() {
 }
 
 #[tokio::test]
+async fn whatever_becomes_of_the_commit_a_holder_gives_back_once() {
+    for fault in FAULTS {
+        let backend = memory();
+        let (observer, mine) = (sound(&backend), faulty(&backend, CommitFault::None));
+        let lock = manager(mine.clone()).try_acquire_lock("r", "me", LONG).await.unwrap();
+        mine.inject([fault]);
+        let before = mine.commits();
+        lock.release().await.unwrap();
+        assert_eq!(status(&observer).await.0, LockStatus::Free, "{fault:?}");
+        let is_sent_again = matches!(fault, CommitFault::Unavailable | CommitFault::LostRequest);
+        assert_eq!(mine.commits() - before, 1 + u64::from(is_sent_again), "{fault:?}");
+    }
+    // It arrives, its answer is lost, and another comes after it.
+    let backend = memory();
+    let (next, mine) = (sound(&backend), faulty(&backend, CommitFault::None));
+    let lock = manager(mine.clone()).try_acquire_lock("r", "me", LONG).await.unwrap();
+    let taking = next.clone();
+    mine.at(Call::Commit, 0, move || {
+        let taking = taking.clone();
+        async move { std::mem::forget(taking.try_acquire_lock("r", "next", LONG).await.unwrap()) }
+    });
+    lock.release().await.unwrap();
+    assert_eq!(status(&next).await, (LockStatus::Held, "next".into(), 2));
+}
+
+/// Who has lost a lock to another is told so, and takes nothing from him.
+#[tokio::test]
+async fn a_release_that_is_too_late_takes_nothing_from_the_next() {
+    let backend = memory();
+    let (holder, next) = (sound(&backend), sound(&backend));
+    let lock = holder.try_acquire_lock("r", "me", LONG).await.unwrap();
+    next.break_lock("r").await.unwrap().unwrap();
+    let second = next.try_acquire_lock("r", "next", LONG).await.unwrap();
+    let late = lock.release().await.unwrap_err();
+    assert!(late.to_string().contains("next has it by now"), "{late}");
+    assert_eq!(status(&holder).await, (LockStatus::Held, "next".into(), 2));
+    second.release().await.unwrap();
+}
+
+#[tokio::test]
 async fn another_process_gives_a_lock_back_by_its_token() {
     for fault in FAULTS {
         let backend = memory();
@@ -111,7 +151,12 @@ async fn whatever_becomes_of_the_commit_a_lock_is_broken_once() {
         let is_sent_again = matches!(fault, CommitFault::Unavailable | CommitFault::LostRequest);
         assert_eq!(other.commits(), 1 + u64::from(is_sent_again), "{fault:?}");
         assert_eq!(manager(other).break_lock("r").await.unwrap(), None);
-        assert!(matches!(lock.release().await, Err(Error::LockLost { fencing_token: 1, .. })));
+        match lock.release().await.unwrap_err() {
+            Error::LockLost { resource, fencing_token: 1, reason } => {
+                assert!(resource == "r" && reason.contains("taken away"), "{resource}: {reason}");
+            }
+            other => panic!("{other}"),
+        }
     }
 }
 
@@ -132,6 +177,52 @@ async fn a_break_that_is_overtaken_breaks_nothing_else() {
     assert_eq!(status(&next).await, (LockStatus::Held, "next".into(), 2));
     assert_eq!(other.commits(), 1);
     std::mem::forget(lock);
+}
+
+/// A process knows its own grants as long as they live, however many come after them.
+#[tokio::test]
+async fn a_lock_given_back_by_its_token_is_over_at_once() {
+    let holder = sound(&memory());
+    let first = holder.try_acquire_lock("r", "me", LONG).await.unwrap();
+    let second = holder.try_acquire_lock("s", "me", LONG).await.unwrap();
+    holder.release_lock("r", &first.lock_token).await.unwrap();
+    assert!(first.is_lost() && !second.is_lost());
+    match first.lost().await {
+        Error::LockLost { resource, reason, .. } => {
+            assert_eq!((resource.as_str(), reason.as_str()), ("r", "it was released"));
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// What people are shown after a release is the end that the last renewal had set.
+#[tokio::test]
+async fn a_release_keeps_the_renewed_end() {
+    let backend = memory();
+    let (holder, observer) = (sound(&backend), sound(&backend));
+    let lock = holder.try_acquire_lock("r", "me", Duration::from_millis(120)).await.unwrap();
+    let end = async || observer.lock_record("r").await.unwrap().unwrap().expires_at;
+    let granted = end().await;
+    while end().await == granted {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let renewed = end().await;
+    lock.release().await.unwrap();
+    assert!(renewed > granted && end().await >= renewed);
+}
+
+#[tokio::test]
+async fn more_locks_than_a_page_are_listed_once_each() {
+    let holder = sound(&memory());
+    let names: Vec<String> = (0..405).map(|n| format!("r{n:03}")).collect();
+    let locks = holder.acquire_locks(&names, "me", LONG).await.unwrap();
+    let listed = holder.list_locks().await.unwrap();
+    assert_eq!(
+        listed.iter().map(|lock| &lock.resource).collect::<Vec<_>>(),
+        names.iter().collect::<Vec<_>>()
+    );
+    assert!(listed.iter().all(|lock| lock.status == LockStatus::Held));
+    drop(locks);
 }
 
 /// Granted, but later than the lease lasts: nobody may believe it, and nobody keeps it.
