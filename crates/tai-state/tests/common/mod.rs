@@ -1,6 +1,6 @@
 //! What several test programs share.
 
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, clippy::unwrap_used, clippy::indexing_slicing)]
 
 pub(crate) mod copies;
 
