@@ -1,7 +1,6 @@
 //! One fault after the other, while money is moved, elements are appended and locks are held.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tai_state::testing::emulator::Emulator;
@@ -63,7 +62,7 @@ impl What {
     /// How long it lasts.
     fn lasts(self, is_short: bool) -> Duration {
         Duration::from_secs(match (is_short, self) {
-            (true, Self::Stopped) => 4,
+            (true, Self::Stopped) => 3,
             (true, _) => 2,
             (false, Self::Unavailable) => 60,
             (false, Self::Nothing) => 5,
@@ -200,11 +199,9 @@ async fn round(
     }
     field.now(&format!("round {n}, in the end"));
     field.end();
-    let panicked = AtomicBool::new(false);
     while let Some(ended) = tasks.join_next().await {
-        panicked.fetch_or(ended.is_err(), Ordering::Relaxed);
+        tally.holds(ended.is_ok(), || format!("round {n}: a task panicked"));
     }
-    tally.holds(!panicked.into_inner(), || format!("round {n}: a task panicked"));
     field.judge(tally);
     tally.count("calls at the wire", behind.proxy.usage().calls.values().sum());
     bank.judge(&behind.direct, tally).await;

@@ -13,7 +13,7 @@ use tai_state::{
 };
 use tokio::task::JoinSet;
 
-use super::{Behind, options, snapshot, why};
+use super::{Behind, is_short, options, snapshot, why};
 use crate::run::{Run, Tally};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -40,7 +40,7 @@ fn slow() -> Vec<Fault> {
 }
 
 pub(super) async fn run(run: &Run, emulator: &Arc<Emulator>, tally: &mut Tally) {
-    let (many, few) = (run.size(24, 200), run.size(8, 40));
+    let (many, few) = if is_short(run) { (24, 4) } else { (200, 40) };
     let mut lines = JoinSet::new();
     for (fault, many) in
         quick().into_iter().map(|f| (f, many)).chain(slow().into_iter().map(|f| (f, few)))

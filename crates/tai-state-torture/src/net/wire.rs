@@ -180,34 +180,41 @@ async fn one_storm(away: Duration, emulator: &Arc<Emulator>, tally: &mut Tally) 
     most
 }
 
-/// A line that swallows what commits: every call that writes is back in time all the same. The control
+/// A line that swallows what commits, or everything: every call is back in time all the same. The control
 /// is a client without a deadline.
 pub(super) async fn swallowed(emulator: &Arc<Emulator>, tally: &mut Tally) {
+    let (all, commits) =
+        tokio::join!(one_swallowed("*", emulator), one_swallowed("Commit", emulator));
+    tally.add(all);
+    tally.add(commits);
+}
+
+async fn one_swallowed(method: &str, emulator: &Arc<Emulator>) -> Tally {
+    let mut tally = Tally::default();
     let (attempt, deadline) = (Duration::from_millis(500), Duration::from_millis(1_500));
-    for method in ["*", "Commit"] {
-        let behind = Behind::new(emulator).await;
-        behind.direct.save_state("g", "s", snapshot("s", json!(1)), why()).await.unwrap();
-        behind.direct.save_state("g", "t", snapshot("t", json!(1)), why()).await.unwrap();
-        let store = behind.store(options(8, attempt, deadline)).await;
-        let patient = behind.store(options(8, Duration::MAX, Duration::MAX)).await;
-        behind.proxy.inject(Rule::new(method, When::Each, Fault::DropRequest));
-        let field = Arc::new(Field::new(deadline, attempt));
-        field.now(&format!("{method} is swallowed"));
-        let mut tasks = JoinSet::new();
-        for (what, call) in calls(&store) {
-            let field = Arc::clone(&field);
-            let limit = if what == "lock" { attempt } else { deadline };
-            tasks.spawn(async move {
-                if let Some(Err(error)) = field.within(what, limit, call).await {
-                    field.failed(what, &error).await;
-                }
-            });
-        }
-        tasks.join_all().await;
-        field.judge(tally);
-        let field = Field::new(deadline, attempt);
-        let save = patient.save_state("g", "s", snapshot("s", json!(2)), why());
-        let noticed = field.call("a save without a deadline", save).await.is_none();
-        tally.control("a client without a deadline", u64::from(noticed), 1, 1);
+    let behind = Behind::new(emulator).await;
+    for id in ["s", "t"] {
+        behind.direct.save_state("g", id, snapshot(id, json!(1)), why()).await.unwrap();
     }
+    let store = behind.store(options(8, attempt, deadline)).await;
+    let patient = behind.store(options(8, Duration::MAX, Duration::MAX)).await;
+    behind.proxy.inject(Rule::new(method, When::Each, Fault::DropRequest));
+    let field = Arc::new(Field::new(deadline, attempt));
+    field.now(&format!("{method} is swallowed"));
+    let mut tasks = JoinSet::new();
+    for (what, call) in calls(&store) {
+        let field = Arc::clone(&field);
+        let limit = if what == "lock" { attempt } else { deadline };
+        tasks.spawn(async move {
+            if let Some(Err(error)) = field.within(what, limit, call).await {
+                field.failed(what, &error).await;
+            }
+        });
+    }
+    let without = Field::new(deadline, attempt);
+    let save = patient.save_state("g", "s", snapshot("s", json!(2)), why());
+    let (noticed, _) = tokio::join!(without.call("no deadline", save), tasks.join_all());
+    tally.control("a client without a deadline", u64::from(noticed.is_none()), 1, 1);
+    field.judge(&mut tally);
+    tally
 }
