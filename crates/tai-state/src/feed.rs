@@ -5,6 +5,7 @@
 //! without need, and a feed can go on from the last version that was seen.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -174,7 +175,6 @@ impl Target {
 }
 
 /// What both feeds have in common.
-#[derive(Debug)]
 struct Follow {
     records: Arc<Records>,
     governor: Name,
@@ -190,6 +190,18 @@ struct Follow {
     look: BTreeSet<Name>,
     /// Where a listing of all heads goes on; `None` when none is under way.
     listing: Option<Option<Name>>,
+}
+
+/// Without what was read.
+impl fmt::Debug for Follow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { governor, only, position, .. } = self;
+        f.debug_struct("Follow")
+            .field("governor", governor)
+            .field("only", only)
+            .field("position", position)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Follow {

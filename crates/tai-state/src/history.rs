@@ -3,6 +3,7 @@
 mod times;
 
 use std::collections::VecDeque;
+use std::fmt;
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
@@ -44,7 +45,6 @@ impl From<DateTime<Utc>> for PointInTime {
 }
 
 /// The events of a state in pages, or one by one. A page is in memory at once.
-#[derive(Debug)]
 pub struct History<'a> {
     store: &'a StateStore,
     address: Address,
@@ -52,6 +52,18 @@ pub struct History<'a> {
     last: u64,
     before: Option<Change>,
     read: VecDeque<Event>,
+}
+
+/// Without what was read.
+impl fmt::Debug for History<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { address, next, last, .. } = self;
+        f.debug_struct("History")
+            .field("address", address)
+            .field("next", next)
+            .field("last", last)
+            .finish_non_exhaustive()
+    }
 }
 
 impl History<'_> {

@@ -107,19 +107,22 @@ impl Proposal<'_> {
 
 /// Refuses what no engine takes, before anything is sent.
 fn refuse_large(writes: &[Write], limits: &Limits) -> Result<()> {
-    if writes.len() > limits.commit_writes {
-        return Err(Error::TooLarge {
-            what: "the number of documents in one commit".into(),
-            size: writes.len() as u64,
-            limit: limits.commit_writes as u64,
-        });
-    }
+    refuse_many(writes.len(), limits)?;
     let size = writes.iter().map(write_bytes).sum();
     if size > limits.commit_bytes {
         let what = "the commit".to_owned();
         return Err(Error::TooLarge { what, size, limit: limits.commit_bytes });
     }
     Ok(())
+}
+
+/// Refuses more writes than one commit takes.
+pub(crate) fn refuse_many(writes: usize, limits: &Limits) -> Result<()> {
+    if writes <= limits.commit_writes {
+        return Ok(());
+    }
+    let what = "the number of documents in one commit".to_owned();
+    Err(Error::TooLarge { what, size: writes as u64, limit: limits.commit_writes as u64 })
 }
 
 fn write_bytes(write: &Write) -> u64 {

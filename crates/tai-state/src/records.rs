@@ -69,6 +69,10 @@ impl Records {
     }
 
     /// Whether it pays to look before a commit, and to look often.
+    pub(crate) fn limits(&self) -> crate::backend::Limits {
+        self.backend.limits()
+    }
+
     pub(crate) fn reads_are_cheap(&self) -> bool {
         self.backend.limits().reads_are_cheap
     }

@@ -5,6 +5,7 @@
 //! between. So transactions are serializable without holding a lock.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
@@ -23,7 +24,7 @@ use crate::keys::Address;
 use crate::lines::{Base, Pending};
 use crate::manager::gone;
 use crate::patience::Deadline;
-use crate::proposal::NewCommand;
+use crate::proposal::{NewCommand, refuse_many};
 use crate::records::{KnownHead, Records, View};
 use crate::schema::Answered;
 use crate::state::{ChangeMetadata, StateSnapshot};
@@ -58,12 +59,21 @@ pub(crate) struct Work {
 }
 
 /// How far a command has come.
-#[derive(Debug)]
 enum Progress {
     /// It was answered before this transaction.
     Answered,
     /// This transaction answers it, with this.
     Running(Value),
+}
+
+/// Without the answer.
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Answered => "Answered",
+            Self::Running(_) => "Running",
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -406,6 +416,10 @@ impl Transaction {
             let subject = format!("a change of {} in a transaction", request.address);
             return Err(Error::refused(subject, "its idempotency key was answered before"));
         }
+        // An event each, and a head each state: more than a commit takes is not gathered first.
+        let changed = work.states.values().filter(|touched| !touched.steps.is_empty());
+        let writes = changed.map(|touched| touched.steps.len() + 1).sum();
+        refuse_many(writes, &self.records.limits())?;
         self.read(&mut work, std::slice::from_ref(&request.address)).await?;
         // One time for all that it changes: so a cut at any time shows all of it or nothing.
         let now = *work.now.get_or_insert_with(|| self.records.options().clock.now());

@@ -32,7 +32,7 @@ struct Ack {
 }
 
 pub(crate) async fn run(global: &Global, args: &Demo) -> Outcome {
-    let temporary = tempfile::tempdir().map_err(|error| io("the demo's folder", &error))?;
+    let temporary = temporary().map_err(|error| io("the demo's folder", &error))?;
     let is_on_emulator = is_on_emulator(global)?;
     let there = if is_on_emulator {
         on_emulator(global, args).await?
@@ -132,8 +132,24 @@ async fn on_emulator(global: &Global, args: &Demo) -> Outcome<Global> {
     }
 }
 
+/// A folder of its own, which nobody else may look into.
+fn temporary() -> std::io::Result<tempfile::TempDir> {
+    let mut folder = tempfile::Builder::new();
+    #[cfg(unix)]
+    folder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o700));
+    folder.tempdir()
+}
+
+/// Makes a folder that nobody else may look into; one that is there stays as it is.
+fn made(folder: &Path) -> std::io::Result<()> {
+    let mut builder = std::fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.recursive(true).create(folder)
+}
+
 fn in_file(global: &Global, folder: &Path) -> Outcome<Global> {
-    std::fs::create_dir_all(folder).map_err(|error| io("the demo's folder", &error))?;
+    made(folder).map_err(|error| io("the demo's folder", &error))?;
     let file = folder.join("demo.tai");
     if file.exists() {
         let message = format!("{} is there already", file.display());

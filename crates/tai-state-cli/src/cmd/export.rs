@@ -1,6 +1,6 @@
 //! `export`: write the whole log as JSON Lines, in canonical order.
 
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{BufWriter, ErrorKind, IsTerminal, Write};
 use std::path::Path;
 
 use flate2::Compression;
@@ -18,7 +18,10 @@ pub(crate) async fn run(global: &Global, store: &StateStore, args: &Export) -> O
     let count = |transitions| bar.set_position(transitions);
     let summary = match &args.out {
         None => {
-            let mut out = BufWriter::new(Noting { out: std::io::stdout(), reader_left: false });
+            let out = std::io::stdout();
+            let is_terminal = out.is_terminal();
+            let out = Shown { out, is_terminal, rest: Vec::new() };
+            let mut out = BufWriter::new(Noting { out, reader_left: false });
             let summary = match store.export(governor, &mut out, count).await {
                 Ok(summary) => out.flush().map(|()| summary).map_err(|e| io("standard output", &e)),
                 Err(error) => Err(error.into()),
@@ -44,9 +47,40 @@ pub(crate) async fn run(global: &Global, store: &StateStore, args: &Export) -> O
     Ok(())
 }
 
+/// Standard output. On a terminal the same JSON values are written with escapes, so that nothing steers it;
+/// anybody else gets the canonical bytes, whose hash is told.
+struct Shown<Out> {
+    out: Out,
+    is_terminal: bool,
+    /// The beginning of a character that is not complete yet.
+    rest: Vec<u8>,
+}
+
+impl<Out: Write> Write for Shown<Out> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if !self.is_terminal {
+            return self.out.write(bytes);
+        }
+        self.rest.extend_from_slice(bytes);
+        let whole = match std::str::from_utf8(&self.rest) {
+            Ok(_) => self.rest.len(),
+            Err(error) => error.valid_up_to(),
+        };
+        let rest = self.rest.split_off(whole);
+        let text = String::from_utf8(std::mem::replace(&mut self.rest, rest));
+        let text = text.map_err(std::io::Error::other)?;
+        self.out.write_all(output::harmless(&text).as_bytes())?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
+
 /// Standard output, and whether its reader went away.
 struct Noting {
-    out: std::io::Stdout,
+    out: Shown<std::io::Stdout>,
     reader_left: bool,
 }
 
@@ -89,4 +123,31 @@ async fn to_file(
     file.as_file().sync_all().map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;
     Ok(summary)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_gets_the_same_values_without_what_steers_it() {
+        let line = "{\"data\":\"é\u{9b}31m\u{7f}\u{202e}\u{1f600}\"}\n";
+        let written = |is_terminal, at_once: usize| {
+            let mut shown = Shown { out: Vec::new(), is_terminal, rest: Vec::new() };
+            for part in line.as_bytes().chunks(at_once) {
+                shown.write_all(part).unwrap();
+            }
+            String::from_utf8(shown.out).unwrap()
+        };
+        for at_once in 1..=line.len() {
+            assert_eq!(written(false, at_once), line);
+            let text = written(true, at_once);
+            assert!(
+                !text.chars().any(|c| c.is_control() && c != '\n' || c == '\u{202e}'),
+                "{text:?}"
+            );
+            let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+            assert_eq!(value(&text), value(line));
+        }
+    }
 }

@@ -12,7 +12,7 @@ use tai_state::testing::emulator::{Emulator, fresh_project};
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_tai-state");
 
 /// What a run of the binary gave.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Ran {
     pub(crate) exit: i32,
     pub(crate) out: String,
