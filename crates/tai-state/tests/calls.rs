@@ -12,7 +12,7 @@ use serde_json::json;
 use tai_state::backend::memory::MemoryBackend;
 use tai_state::backend::{Backend, Kind};
 use tai_state::testing::faults::{Call, FaultyBackend};
-use tai_state::{StateStore, StoreOptions};
+use tai_state::{StateStore, StoreOptions, TransactionManager};
 
 fn on(backend: &Arc<dyn Backend>) -> FaultyBackend {
     FaultyBackend::new(Arc::clone(backend), [])
@@ -107,4 +107,55 @@ async fn several_states_are_proved_to_be_of_one_moment() {
     let read = reading.await.unwrap();
     assert_eq!((&read[0].data, &read[1].data), (&json!(1), &json!(2)));
     assert_eq!(blurred.commits(), 3);
+}
+
+/// Over a network nobody looks for an answer before there is something in the way; what is in the way may be
+/// the answer to the same command, or to another.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_the_way_may_be_the_answer() {
+    for is_far in [false, true] {
+        let backend = memory();
+        let counted = if is_far { on(&backend).far() } else { on(&backend) };
+        let once = store(&counted).idempotency_key("k").unwrap();
+        let update = |n: u64, expected: u64| {
+            once.update_state("g", "s", snapshot("s", json!(n)), expected, why())
+        };
+        assert_eq!(update(1, 0).await.unwrap(), 1, "far: {is_far}");
+        assert_eq!(update(1, 0).await.unwrap(), 1, "the first answer again");
+        assert_eq!(save(&store(&on(&backend)), "s", 2).await, 2);
+        assert_eq!(update(1, 0).await.unwrap(), 1, "whatever came after it");
+        let other = update(7, 0).await.unwrap_err();
+        assert_eq!(other.code(), "invalid_state", "another request under the key: {other}");
+        // A conflict is one where the key has answered nothing.
+        let fresh = store(&counted).idempotency_key("other").unwrap();
+        let refused = fresh.update_state("g", "s", snapshot("s", json!(3)), 1, why()).await;
+        assert_eq!(refused.unwrap_err().code(), "version_conflict");
+    }
+}
+
+/// What a commit of several states leaves remembered is right for each of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_transaction_each_state_is_written_at_the_first_try() {
+    let counted = on(&memory());
+    let store = store(&counted);
+    let write = |tx: tai_state::Transaction| async move {
+        for id in ["a", "b", "c"] {
+            tx.save_state("g", id, snapshot(id, json!(1)), why()).await?;
+        }
+        Ok(())
+    };
+    TransactionManager::new(&store).run(write).await.unwrap();
+    let (reads, before) = (counting(&counted), counted.commits());
+    for id in ["a", "b", "c"] {
+        assert_eq!(save(&store, id, 2).await, 2);
+    }
+    assert_eq!((reads(), counted.commits() - before), (0, 3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_says_where_it_is() {
+    let backend = memory();
+    let place = backend.location();
+    assert!(!place.is_empty());
+    assert_eq!(store(&on(&backend)).location(), place);
 }
