@@ -184,7 +184,7 @@ impl History {
                     let value = unsigned(&step[2]);
                     let version = places.get(&(key, value)).copied();
                     let could_be_read = read_last.get(&key).is_some_and(|last| *last > line);
-                    if told != Told::Done || version.is_some() || could_be_read {
+                    if told == Told::Refused || version.is_some() || could_be_read {
                         steps.push(Step::Write { key, version, value });
                     }
                 } else if told == Told::Done {

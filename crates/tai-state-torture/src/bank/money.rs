@@ -213,7 +213,7 @@ pub(crate) fn opened(handles: &[StateStore], random: &mut Random) -> Open {
 }
 
 async fn moved(what: &str, seconds: u64, handles: Vec<StateStore>, mut random: Random) -> Tally {
-    founded(&handles[0]).await;
+    founded(handles.last().unwrap()).await;
     let open = opened(&handles, &mut random);
     tokio::time::sleep(Duration::from_secs(seconds)).await;
     open.is_over();
@@ -290,6 +290,19 @@ pub(crate) async fn in_a_file(seconds: u64, seed: u64) -> Tally {
     tally
 }
 
+/// What comes of it when it is tried again for as long as that may help.
+async fn patiently<T, F: Future<Output = tai_state::Result<T>>>(mut call: impl FnMut() -> F) -> T {
+    for _ in 0..20 {
+        match call().await {
+            Err(error) if error.is_transient() => {
+                tokio::time::sleep(error.backoff_duration()).await;
+            }
+            outcome => return outcome.unwrap(),
+        }
+    }
+    call().await.unwrap()
+}
+
 /// Through a proxy that loses, delays and repeats calls.
 pub(crate) async fn through_faults(engine: Option<Engine>, seconds: u64, seed: u64) -> Tally {
     const WHAT: &str = "the emulator through faults";
@@ -301,12 +314,16 @@ pub(crate) async fn through_faults(engine: Option<Engine>, seconds: u64, seed: u
     options.retry.attempt_timeout = Duration::from_millis(800);
     options.retry.max_attempts = 12;
     let mut handles = Vec::new();
+    // The first makes the store. Opening is one attempt, and an emulator that was just started is slow.
+    let direct = FirestoreStore::builder(&project).emulator(address).connect().await.unwrap();
     for _ in 0..2 {
-        let builder = FirestoreStore::builder(&project).emulator(proxy.address());
-        handles.push(builder.options(options.clone()).connect().await.unwrap().into());
+        let connect = || {
+            let builder = FirestoreStore::builder(&project).emulator(proxy.address());
+            builder.options(options.clone()).connect()
+        };
+        handles.push(patiently(connect).await.into());
     }
-    let direct = FirestoreStore::builder(&project).emulator(address);
-    handles.push(direct.connect().await.unwrap().into());
+    handles.push(direct.into());
     let mut rule = |method: &str, per_mille, fault| {
         proxy.inject(Rule::new(method, When::Chance { per_mille, seed: random.next() }, fault));
     };
