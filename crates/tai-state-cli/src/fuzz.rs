@@ -5,7 +5,7 @@
 
 use std::io::Cursor;
 
-use chrono::DateTime;
+use chrono::{DateTime, Datelike};
 use serde_json::{Value, json};
 use tai_state::TransitionLine;
 use tai_state::testing::fuzz::Target;
@@ -166,8 +166,11 @@ fn points(bytes: &[u8]) {
             assert_eq!(again.expect("a version"), Point::Version(version));
         }
         Ok(point @ Point::Time(time)) => {
-            let again = Point::parse_at(&crate::output::time(&time), now);
-            assert_eq!(again.ok(), Some(point), "{text:?}");
+            // Years of more digits can only be said as a time ago.
+            if (0..=9999).contains(&time.year()) {
+                let again = Point::parse_at(&crate::output::time(&time), now);
+                assert_eq!(again.ok(), Some(point), "{text:?}");
+            }
             assert!(!text.starts_with('-') || time <= now, "{text:?} is in the future");
         }
         Err(failure) => assert_eq!(failure.exit, exit::USAGE),

@@ -134,7 +134,7 @@ pub fn beginning() -> DateTime<Utc> {
 }
 
 fn time(input: &mut Input<'_>) -> DateTime<Utc> {
-    beginning() + TimeDelta::milliseconds(i64::from(input.byte()) * 250 - 4_000)
+    beginning() + TimeDelta::milliseconds(i64::from(input.byte()) * 1_500 - 4_000)
 }
 
 fn data(input: &mut Input<'_>) -> Value {
@@ -173,7 +173,7 @@ impl Step {
     /// The step that the next bytes are the recipe of.
     #[must_use]
     pub fn drawn(input: &mut Input<'_>) -> Self {
-        let what = input.below(40);
+        let what = input.below(44);
         let at = At::drawn(input);
         match what {
             0..=4 => Self::Save(at, data(input)),
@@ -199,7 +199,7 @@ impl Step {
             21 => Self::Revert(at, point(input)),
             22 => Self::SaveSnapshot(at),
             23 => Self::Prune(at, input.below(3)),
-            24 => Self::Cleanup(at.0, time(input), input.below(4) as u64),
+            24 | 41 | 42 => Self::Cleanup(at.0, time(input), input.below(4) as u64),
             25 => Self::Purge(at),
             26 => Self::Get(at),
             27 => Self::Record(at),
@@ -209,7 +209,7 @@ impl Step {
             31 => Self::Equal(at.0, input.below(6) as i64),
             32 => Self::AtPoint(at, point(input)),
             33 => Self::Event(at, Guess::drawn(input)),
-            34 => Self::History(at, maybe(input, Guess::drawn)),
+            34 | 43 => Self::History(at, maybe(input, Guess::drawn)),
             35 => Self::Load(at),
             36 => Self::Recover(at),
             37 => Self::Saved(at),
