@@ -117,9 +117,10 @@ fn leaks(said: &[String], secrets: &[String]) -> Vec<String> {
     let forms: Vec<String> = secrets.iter().flat_map(|secret| forms(secret)).collect();
     let excerpt = |text: &String| {
         let at = forms.iter().find_map(|form| text.find(form.as_str()))?;
-        let from = text.floor_char_boundary(at.saturating_sub(200));
-        let to = text.ceil_char_boundary((at + 40).min(text.len()));
-        Some(format!("{:.60} … {}", text, &text[from..to]))
+        let before: Vec<char> = text[..at].chars().rev().take(200).collect();
+        let before: String = before.into_iter().rev().collect();
+        let leak: String = text[at..].chars().take(40).collect();
+        Some(format!("{text:.60} … {before}{leak}"))
     };
     said.iter().filter_map(excerpt).collect()
 }
@@ -138,7 +139,7 @@ fn failed<T>(result: Result<T, Error>) -> Error {
     let error = result.err().unwrap();
     told(&error);
     let text = format!("{error:?}");
-    let _ = std::panic::catch_unwind(move || Err::<(), _>(text).unwrap());
+    let _ = std::panic::catch_unwind(move || panic!("{text}"));
     error
 }
 
@@ -188,7 +189,7 @@ async fn everything(name: &str, backend: &Arc<dyn Backend>, secrets: &mut Vec<St
     let wide = why().with_context("x", json!(SECRET.repeat(4_000)));
     failed(store.save_state("g", "s", secret(1), wide).await);
     for text in
-        [format!("{{\"a\":\"{SECRET}\",\"a\":1}}"), format!("[\"{SECRET}\""), format!("{SECRET}")]
+        [format!("{{\"a\":\"{SECRET}\",\"a\":1}}"), format!("[\"{SECRET}\""), SECRET.to_owned()]
     {
         failed(tai_state::json::parse(&text, "a text"));
     }

@@ -49,6 +49,11 @@ async fn hostile_ids_are_kept_or_refused(make: Make<'_>) {
         "-rf",
         "\u{1F600}",
         "\u{7f}",
+        "CON",
+        "%2e%2e",
+        " a ",
+        "a\u{200b}b",
+        "`a`.b",
         &long,
     ];
     for (n, id) in kept.iter().enumerate() {
@@ -86,6 +91,9 @@ async fn hostile_values_are_kept_or_refused(make: Make<'_>) {
         json!(-0.0),
         json!([[1, [2, [3]]], {}, [], "", {"": {"__x__": "\0"}}]),
         json!("x".repeat(900 * 1024 - 2)),
+        json!(9_223_372_036_854_775_808_u64),
+        json!({"a.b": 1, "`": 2, "__type__": "x", "empty": {}, "null": null, "~": [null, {}]}),
+        json!({}),
         nest(100),
     ];
     for (n, value) in kept.iter().enumerate() {
@@ -161,10 +169,22 @@ async fn hostile_arguments_are_refused(make: Make<'_>) {
         store.save_state("gov", "s", clock, why()).await.unwrap_err().code(),
         "invalid_state"
     );
+    for version in [0, 2, u64::MAX] {
+        assert!(store.update_state("gov", "s", counter(1), version, why()).await.is_err());
+        assert!(store.delete_state("gov", "s", Some(version), why()).await.is_err());
+        assert!(store.state_at_version("gov", "s", version).await.is_err());
+    }
+    let manager = TransactionManager::new(&store);
+    let years = std::time::Duration::from_secs(100 * 365 * 24 * 3_600);
+    for lease in [std::time::Duration::ZERO, std::time::Duration::from_nanos(1), years] {
+        let error = manager.acquire_lock("l", "me", lease).await.unwrap_err();
+        assert_eq!(error.code(), "invalid_state");
+    }
+    let nothing: Vec<(String, tai_state::StateSnapshot, ChangeMetadata)> = Vec::new();
+    manager.read_write_transaction::<&str, _>("gov", &[], &nothing).await.unwrap();
     let none = store.list_states("gov", &ListOptions::default().limit(0)).await.unwrap_err();
     assert_eq!(none.code(), "invalid_state");
-    let many: Vec<_> = (0..600).map(|n| (format!("s{n}"), counter(n), why())).collect();
-    let manager = TransactionManager::new(&store);
+    let many: Vec<_> = (0..10_001).map(|n| (format!("s{n}"), counter(n), why())).collect();
     let too_many = manager.read_write_transaction("gov", &["s"], &many).await.unwrap_err();
     assert_eq!(too_many.code(), "too_large");
     let heavy: Vec<_> = (0..12)

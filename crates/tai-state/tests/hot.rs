@@ -1,7 +1,7 @@
 //! Clean-ups beside a writer, with a connection of its own, that never pauses; and a head that is lost while
 //! one is under way.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
 

@@ -357,6 +357,29 @@ fn shipped_indexes_serve_all_queries() {
     assert!(!exempt("states", "state") && exempt("events", "to_state"));
 }
 
+/// A token and a line without encryption never meet: whoever is spoken to in the clear is an emulator, and
+/// gets its own well-known name.
+#[test]
+fn no_token_goes_over_plain_text() {
+    for host in ["127.0.0.1:1", "localhost:1", "[::1]:1", "10.0.0.1:1", "emulator.example:443"] {
+        for project in ["some-project", "demo-x"] {
+            let mut config = FirestoreConfig::new(project);
+            config.emulator = Some(host.to_owned());
+            config.allow_remote_emulator = true;
+            assert!(!target(&config, "there").unwrap().tls, "{host}");
+            assert!(matches!(auth(&config, "there"), Ok(Auth::Emulator)), "{host}");
+        }
+    }
+    let google = target(&FirestoreConfig::new("some-project"), "there").unwrap();
+    assert!(google.tls && google.host.ends_with(".googleapis.com") && google.port == 443);
+    // On another machine only when that is allowed.
+    for (host, is_here) in [("127.0.0.1:1", true), ("10.0.0.1:1", false), ("h.example:1", false)] {
+        let mut config = FirestoreConfig::new("demo-x");
+        config.emulator = Some(host.to_owned());
+        assert_eq!(target(&config, "there").is_ok(), is_here, "{host}");
+    }
+}
+
 /// Everything that is said to whoever listens, on this thread.
 #[cfg(feature = "gcp-auth")]
 #[derive(Default)]
