@@ -182,18 +182,6 @@ mod tests {
     }
 
     #[test]
-    fn strays_go_as_what_they_are() {
-        let (head, _) = log();
-        let gone = |kind| Trim::without(&head, kind, &[2, 5]);
-        for (trim, events, snapshots) in
-            [(gone(Kind::Events), vec![2, 5], vec![]), (gone(Kind::Snapshots), vec![], vec![2, 5])]
-        {
-            assert_eq!((trim.drop_events, trim.drop_snapshots), (events, snapshots));
-            assert_eq!((trim.head, trim.save), (head.clone(), None));
-        }
-    }
-
-    #[test]
     fn a_snapshot_is_saved_once() {
         let (mut head, _) = log();
         head.snapshot_versions.pop();
