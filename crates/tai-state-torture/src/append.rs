@@ -106,7 +106,12 @@ pub(crate) async fn run(run: &Run) -> Tally {
                 let file = scope.spawn(move || all(&on_a_file));
                 let emulator =
                     scope.spawn(move || all(on_the_emulator.as_ref().map_or(&[], |t| t)));
-                [file.join().unwrap(), emulator.join().unwrap(), simulations(seed, many)]
+                let mut parts = vec![simulations(seed, many)];
+                for part in [file, emulator] {
+                    parts
+                        .push(part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+                }
+                parts
             })
         });
         parts.into_iter().for_each(|part| tally.add(part));

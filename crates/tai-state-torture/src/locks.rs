@@ -8,6 +8,7 @@ mod grants;
 mod tree;
 mod wrong_clocks;
 
+use std::panic::resume_unwind;
 use std::process::Command;
 
 use serde_json::Value;
@@ -88,7 +89,10 @@ pub(crate) async fn run(run: &Run) -> Tally {
                     let engines = &engines;
                     threads.push(scope.spawn(move || wrong_clocks::wrong(engines, clocks)));
                 }
-                threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+                threads
+                    .into_iter()
+                    .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                    .collect::<Vec<_>>()
             })
         });
         parts.into_iter().for_each(|part| tally.add(part));

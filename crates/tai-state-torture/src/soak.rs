@@ -286,6 +286,7 @@ async fn judged(
     tally.at_least(&format!("writers killed on {what}"), seconds / 20);
     tally.at_least(&format!("logs replayed and compared on {what}"), seconds);
     tally.at_least(&format!("clean-ups on {what}"), seconds / 20);
+    tally.at_least(&format!("events cleaned up on {what}"), seconds);
 }
 
 /// Whether memory stays what it was; too short a run cannot say.

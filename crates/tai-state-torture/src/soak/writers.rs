@@ -19,7 +19,7 @@ use crate::random::Random;
 const LEASE: Duration = Duration::from_secs(1);
 const FORGOTTEN: u64 = 10;
 /// So many versions are kept of each state, so that whoever follows is never too late.
-const KEPT: u64 = 400;
+const KEPT: u64 = 150;
 
 /// Appends by a process; of a hundred transactions so many end with the death of it.
 pub(super) fn appends(
@@ -136,7 +136,7 @@ pub(super) fn holders_die(store: &Store, mut random: Random, shared: &Shared) {
 pub(super) async fn tidies(store: StateStore, mut random: Random, shared: Arc<Shared>) {
     let persister = StateMachinePersister::with_defaults(&store);
     let manager = TransactionManager::new(&store);
-    let options = CleanupOptions::older_than(Duration::from_secs(1)).keep_versions(KEPT);
+    let options = CleanupOptions::older_than(Duration::from_secs(3)).keep_versions(KEPT);
     let mut turn = 0;
     while !shared.is_over() {
         tokio::time::sleep(Duration::from_millis(500)).await;
