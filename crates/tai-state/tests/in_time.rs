@@ -1,6 +1,6 @@
 //! Calls that would wait again and again for what does not come are back in time.
 
-#![allow(clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::disallowed_methods)]
 
 mod common;
 

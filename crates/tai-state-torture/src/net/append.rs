@@ -36,7 +36,7 @@ pub(super) struct Append {
 }
 
 fn list(element: u64) -> String {
-    let kind = if element % 2 == 0 { "list" } else { "log" };
+    let kind = if element.is_multiple_of(2) { "list" } else { "log" };
     format!("{kind}-{}", (element & 0xffff_ffff) / IN_ONE)
 }
 
@@ -91,7 +91,7 @@ impl Append {
 async fn one(field: &Field, store: &StateStore, element: u64, random: &mut Random) -> Told {
     let mut may_be_there = false;
     loop {
-        let answer = if element % 2 == 0 {
+        let answer = if element.is_multiple_of(2) {
             field.call("an append to a list", to_list(store, element)).await
         } else {
             field.call("an append to a log", to_log(store, element)).await

@@ -113,7 +113,7 @@ impl Bank {
         let report = direct.validate_consistency("bank").await.unwrap();
         tally.holds(report.ok, || format!("the bank's log: {:?}", report.problems));
         let events = report.events - ACCOUNTS;
-        tally.holds(events % 2 == 0, || "half a transfer".to_owned());
+        tally.holds(events.is_multiple_of(2), || "half a transfer".to_owned());
         tally.holds((moved..=moved + unknown).contains(&(events / 2)), || {
             format!("{} transfers in the log, {moved} told, {unknown} unknown", events / 2)
         });

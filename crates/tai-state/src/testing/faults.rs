@@ -193,7 +193,7 @@ impl FaultyBackend {
 
     async fn silence(&self) {
         if self.is_silent.load(Ordering::SeqCst) {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 
