@@ -40,6 +40,11 @@ impl Deadline {
         self.limit
     }
 
+    /// The time of a last look included, however late it is by now.
+    pub(crate) fn with_a_last_look(self) -> Self {
+        Self { limit: self.limit.saturating_add(LAST_LOOK), ..self }
+    }
+
     /// What is left, but enough for a last look.
     pub(crate) fn for_a_last_look(self) -> Self {
         Self::after(self.left().max(LAST_LOOK))

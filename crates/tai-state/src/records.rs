@@ -279,7 +279,7 @@ impl Records {
         match (applied, asked) {
             // What stands in the way may be the answer to the same command. What is not known stays so.
             (Err(error), Some(asked)) if !matches!(error, Error::OutcomeUnknown { .. }) => {
-                match self.answer_to(&asked, deadline.for_a_last_look()).await {
+                match self.answer_to(&asked, deadline.with_a_last_look()).await {
                     Err(other) if other.is_permanent() => Err(other),
                     answer => answer.ok().flatten().ok_or(error),
                 }

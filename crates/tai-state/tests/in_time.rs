@@ -1,6 +1,6 @@
 //! Calls that would wait again and again for what does not come are back in time.
 
-#![allow(clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::disallowed_methods)]
 
 mod common;
 
@@ -69,4 +69,23 @@ async fn a_keyed_write_has_one_deadline() {
     let told = keyed.save_state("g", "s", counter(1), why()).await.unwrap_err();
     assert!(told.is_transient(), "{told}");
     assert!(started.elapsed() < DEADLINE + GRACE, "{:?}", started.elapsed());
+}
+
+/// Neither has one that stood in line behind another and was told late.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_keyed_write_in_line_has_one_deadline() {
+    let (faults, store) = faulty();
+    store.save_state("g", "s", counter(0), why()).await.unwrap();
+    faults.go_silent();
+    let (first, second) = (store.clone(), store.idempotency_key("k").unwrap());
+    let first = async { first.save_state("g", "s", counter(1), why()).await.map(drop) };
+    let second = async {
+        let started = Instant::now();
+        let told = second.save_state("g", "s", counter(2), why()).await.unwrap_err();
+        assert!(told.is_transient(), "{told}");
+        started.elapsed()
+    };
+    let (told, took) = tokio::join!(first, second);
+    assert!(matches!(told, Err(Error::OutcomeUnknown { .. })), "{told:?}");
+    assert!(took < DEADLINE + GRACE, "{took:?}");
 }

@@ -66,6 +66,7 @@ pub struct FaultyBackend {
     is_held: Arc<watch::Sender<bool>>,
     commits: Arc<AtomicU64>,
     is_down: Arc<AtomicBool>,
+    is_silent: Arc<AtomicBool>,
     started: Stopwatch,
     times: Arc<Mutex<Vec<Duration>>>,
     delay: Duration,
@@ -88,14 +89,15 @@ impl FaultyBackend {
         let is_held = Arc::new(watch::Sender::new(false));
         let (commits, delay, poison) = (Arc::default(), Duration::ZERO, None);
         let (planned, is_far, is_blurred) = (Arc::default(), false, false);
-        let (is_down, started, times) = (Arc::default(), Stopwatch::start(), Arc::default());
+        let (is_down, is_silent, times) = (Arc::default(), Arc::default(), Arc::default());
         Self {
             inner,
             faults,
             is_held,
             commits,
             is_down,
-            started,
+            is_silent,
+            started: Stopwatch::start(),
             times,
             delay,
             poison,
@@ -156,6 +158,7 @@ impl FaultyBackend {
     }
 
     async fn come(&self, call: Call) {
+        self.silence().await;
         if let Some(deed) = self.due(call) {
             deed().await;
         }
@@ -189,6 +192,17 @@ impl FaultyBackend {
     #[must_use]
     pub fn age(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// From now on no commit, no query and no read of a document is carried out or answered.
+    pub fn go_silent(&self) {
+        self.is_silent.store(true, Ordering::SeqCst);
+    }
+
+    async fn silence(&self) {
+        if self.is_silent.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Whether from now on each commit is refused as if the service were not there.
@@ -260,6 +274,7 @@ impl Backend for FaultyBackend {
         self.commits.fetch_add(1, Ordering::SeqCst);
         let came = self.started.elapsed();
         self.times.lock().unwrap_or_else(PoisonError::into_inner).push(came);
+        self.silence().await;
         if self.is_down.load(Ordering::SeqCst) {
             return Err(BackendError::Unavailable("it is down".into()));
         }
