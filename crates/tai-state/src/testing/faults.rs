@@ -69,6 +69,7 @@ pub struct FaultyBackend {
     planned: Arc<Mutex<Option<Planned>>>,
     is_far: bool,
     is_blurred: bool,
+    broken: Option<&'static str>,
 }
 
 impl fmt::Debug for FaultyBackend {
@@ -83,8 +84,8 @@ impl FaultyBackend {
         let faults = Arc::new(Mutex::new(faults.into_iter().collect()));
         let is_held = Arc::new(watch::Sender::new(false));
         let (commits, delay, poison) = (Arc::default(), Duration::ZERO, None);
-        let (planned, is_far, is_blurred) = (Arc::default(), false, false);
-        Self { inner, faults, is_held, commits, delay, poison, planned, is_far, is_blurred }
+        let (planned, is_far, is_blurred, broken) = (Arc::default(), false, false, None);
+        Self { inner, faults, is_held, commits, delay, poison, planned, is_far, is_blurred, broken }
     }
 
     /// Says that its reads are not cheap, as if they went over a network.
@@ -97,6 +98,12 @@ impl FaultyBackend {
     #[must_use]
     pub fn blurred(self) -> Self {
         Self { is_blurred: true, ..self }
+    }
+
+    /// Finds this when it looks through its own structure.
+    #[must_use]
+    pub fn broken(self, problem: &'static str) -> Self {
+        Self { broken: Some(problem), ..self }
     }
 
     /// Before the next such call after `passed` of them, this happens, once.
@@ -297,6 +304,8 @@ impl Backend for FaultyBackend {
     }
 
     async fn check_structure(&self) -> Result<Vec<String>, BackendError> {
-        self.inner.check_structure().await
+        let mut problems = self.inner.check_structure().await?;
+        problems.extend(self.broken.map(str::to_owned));
+        Ok(problems)
     }
 }
