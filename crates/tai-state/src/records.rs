@@ -485,3 +485,6 @@ pub(crate) fn version_conflict(address: &Address, expected: u64, actual: u64) ->
         actual,
     }
 }
+
+#[cfg(test)]
+mod edges;

@@ -4,8 +4,6 @@
 //! See `docs/data-model.md`.
 
 mod beside;
-#[cfg(test)]
-mod edges;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize, Serializer};
@@ -389,6 +387,9 @@ fn change(address: &Address, document: &Document, read: ChangeIn) -> Result<Chan
     change.check(document.key.kind.as_str())?;
     Ok(change)
 }
+
+#[cfg(test)]
+mod edges;
 
 #[cfg(test)]
 mod tests {

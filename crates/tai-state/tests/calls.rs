@@ -159,3 +159,13 @@ async fn a_store_says_where_it_is() {
     assert!(!place.is_empty());
     assert_eq!(store(&on(&backend)).location(), place);
 }
+
+/// What an engine finds in its own structure is part of the proof.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_structure_is_reported() {
+    let store = store(&on(&memory()).broken("page 7 is never used"));
+    save(&store, "s", 1).await;
+    let report = store.verify(|_| {}).await.unwrap();
+    assert!(!report.ok && report.problems.len() == 1, "{:?}", report.problems);
+    assert!(report.problems[0].contains("page 7 is never used"), "{:?}", report.problems);
+}

@@ -350,3 +350,18 @@ async fn cloud_run_is_refused_unless_told_otherwise() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success() && text.contains("refused as it must be"), "{text}");
 }
+
+/// What no row shows, a file's list of free pages that does not hold, is found by a proof.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_list_of_free_pages_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let mut bytes = store_at(&path).await;
+    // The number of free pages (https://www.sqlite.org/fileformat.html, "Free Page List").
+    bytes[36..40].copy_from_slice(&7u32.to_be_bytes());
+    fs::write(&path, bytes).unwrap();
+    let store = StateStore::open(&path).await.unwrap();
+    let report = store.verify(|_| {}).await.unwrap();
+    assert!(!report.ok, "{report:?}");
+    assert_eq!(store.get_state("g", "s").await.unwrap().0.data, json!({"count": 1}));
+}

@@ -36,7 +36,7 @@ fn manager(backend: impl Backend + 'static) -> TransactionManager {
         options.retry.base = Duration::from_micros(200);
         options.retry.cap = Duration::from_millis(2);
     });
-    TransactionManager::new(&StateStore::with_backend(Arc::new(backend), options))
+    TransactionManager::new(StateStore::with_backend(Arc::new(backend), options))
 }
 
 fn sound(backend: &Arc<dyn Backend>) -> TransactionManager {

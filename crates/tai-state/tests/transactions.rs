@@ -24,6 +24,7 @@ on_every_backend![
     the_specification_s_pattern_3,
     the_specification_s_chaos_test,
     transactions_are_logged,
+    what_is_given_up_is_logged_too,
     several_governors_in_one_transaction,
 ];
 
@@ -312,6 +313,31 @@ async fn the_specification_s_chaos_test(make: Make<'_>) {
     let (state, version) = store.get_state("gov1", "counter").await.unwrap();
     assert_eq!((state.data["count"].as_u64().unwrap(), version), (successes, successes + 1));
     proved(&store).await;
+}
+
+async fn what_is_given_up_is_logged_too(make: Make<'_>) {
+    let store = open(make);
+    bank(&store, 1).await;
+    let manager = TransactionManager::new(&store);
+    let (inside, mut reached) = tokio::sync::mpsc::unbounded_channel();
+    let running = manager.clone();
+    let run = tokio::spawn(async move {
+        let waits = running.execute_transaction("bank", |tx| {
+            let inside = inside.clone();
+            async move {
+                tx.get_state("bank", "account-0").await?;
+                inside.send(()).unwrap();
+                std::future::pending::<tai_state::Result<()>>().await
+            }
+        });
+        waits.await
+    });
+    reached.recv().await.unwrap();
+    run.abort();
+    assert!(run.await.unwrap_err().is_cancelled());
+    let log = manager.transaction_log();
+    let said: Vec<_> = log.iter().map(|record| (record.status, record.attempts)).collect();
+    assert_eq!(said, [(TransactionStatus::Abandoned, 1)]);
 }
 
 async fn transactions_are_logged(make: Make<'_>) {

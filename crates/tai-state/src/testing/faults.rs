@@ -74,6 +74,7 @@ pub struct FaultyBackend {
     planned: Arc<Mutex<Option<Planned>>>,
     is_far: bool,
     is_blurred: bool,
+    broken: Option<&'static str>,
 }
 
 impl fmt::Debug for FaultyBackend {
@@ -88,7 +89,7 @@ impl FaultyBackend {
         let faults = Arc::new(Mutex::new(faults.into_iter().collect()));
         let is_held = Arc::new(watch::Sender::new(false));
         let (commits, delay, poison) = (Arc::default(), Duration::ZERO, None);
-        let (planned, is_far, is_blurred) = (Arc::default(), false, false);
+        let (planned, is_far, is_blurred, broken) = (Arc::default(), false, false, None);
         let (is_down, is_silent, times) = (Arc::default(), Arc::default(), Arc::default());
         Self {
             inner,
@@ -104,6 +105,7 @@ impl FaultyBackend {
             planned,
             is_far,
             is_blurred,
+            broken,
         }
     }
 
@@ -117,6 +119,12 @@ impl FaultyBackend {
     #[must_use]
     pub fn blurred(self) -> Self {
         Self { is_blurred: true, ..self }
+    }
+
+    /// Finds this when it looks through its own structure.
+    #[must_use]
+    pub fn broken(self, problem: &'static str) -> Self {
+        Self { broken: Some(problem), ..self }
     }
 
     /// Before the next such call after `passed` of them, this happens, once.
@@ -355,6 +363,8 @@ impl Backend for FaultyBackend {
     }
 
     async fn check_structure(&self) -> Result<Vec<String>, BackendError> {
-        self.inner.check_structure().await
+        let mut problems = self.inner.check_structure().await?;
+        problems.extend(self.broken.map(str::to_owned));
+        Ok(problems)
     }
 }
