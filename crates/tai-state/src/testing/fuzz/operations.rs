@@ -65,6 +65,7 @@ impl Run {
     }
 
     async fn step(&mut self, step: &Step) {
+        self.since.extend(self.model.within(step));
         let foretold = self.model.step(step);
         self.clock.set(self.model.now());
         let answer = self.runner.step(step).await;
@@ -107,6 +108,12 @@ impl Run {
             let now = self.model.now();
             self.model = was.expect("the file is nothing that it ever was");
             self.model.set(now);
+            // What a clean-up or a purge had given up and not yet removed, the next one removes.
+            for step in Step::finishing() {
+                self.runner.step(&step).await.expect("a clean-up");
+            }
+            let report = self.runner.store().verify(|_| {}).await.expect("a sound file");
+            assert_eq!(report.leftovers, 0, "{report:?}");
         }
         self.proved(&self.model).await;
         self.since = vec![self.model.clone()];

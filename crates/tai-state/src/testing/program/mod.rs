@@ -170,6 +170,13 @@ impl Inner {
 }
 
 impl Step {
+    /// The steps that finish what was given up, and give up nothing more.
+    #[must_use]
+    pub fn finishing() -> Vec<Self> {
+        let of = |governor| Self::Cleanup(governor, DateTime::<Utc>::MIN_UTC, u64::MAX);
+        (0..GOVERNORS.len()).map(of).collect()
+    }
+
     /// The step that the next bytes are the recipe of.
     #[must_use]
     pub fn drawn(input: &mut Input<'_>) -> Self {
