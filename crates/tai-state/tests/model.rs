@@ -1,7 +1,7 @@
 //! One random program on every engine: equal answers, equal error codes, equal exports, and all as the
 //! model says; the file is also closed and opened, and copied as a crash leaves it.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
 mod common;
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::Input;
 use crate::clock::ManualClock;
 use crate::error::Error;
+use crate::id::GovernorId;
 use crate::store::StateStore;
 use crate::testing::program::{Model, Runner, Step, beginning, options};
 
@@ -138,7 +139,7 @@ impl Run {
         let report = store.verify(|_| {}).await.expect("a sound file");
         assert!(report.ok, "{:?}", report.problems);
         let governors = store.list_governors(None, 10).await.expect("a sound file");
-        let governors: Vec<&str> = governors.iter().map(|it| it.as_str()).collect();
+        let governors: Vec<&str> = governors.iter().map(GovernorId::as_str).collect();
         assert_eq!(governors, model.governors());
     }
 }

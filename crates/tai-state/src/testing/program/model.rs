@@ -140,6 +140,9 @@ impl Model {
     }
 
     /// Takes a step, and says what must come of it.
+    ///
+    /// # Errors
+    /// The code of the error that it must be.
     pub fn step(&mut self, step: &Step) -> Answer {
         match step {
             Step::Tick(seconds) => {
