@@ -32,8 +32,8 @@ pub struct At(usize, usize);
 impl At {
     fn drawn(input: &mut Input<'_>) -> Self {
         // Mostly the same, so that there is something to conflict with.
-        let number = input.below(12);
-        Self(usize::from(number > 8), [0, 0, 0, 0, 0, 1, 1, 1, 2, 0, 1, 2][number])
+        let number = input.below(14);
+        Self(usize::from(number > 11), [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 0, 1][number])
     }
 
     fn names(self) -> (&'static str, &'static str) {
