@@ -7,6 +7,7 @@ mod common;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -180,8 +181,8 @@ fn rounds(usual: u32) -> u32 {
     std::env::var("TAI_STATE_ROUNDS").map_or(usual, |rounds| rounds.parse().unwrap())
 }
 
-/// Runs so many programs of up to so many steps.
-fn programs(what: &str, cases: u32, steps: usize, emulator: Option<String>) {
+/// Runs so many programs of so many steps.
+fn programs(what: &str, cases: u32, steps: Range<usize>, emulator: Option<String>) {
     let mut seed = Random::announced(what);
     EMULATOR.set(emulator);
     let config =
@@ -190,7 +191,7 @@ fn programs(what: &str, cases: u32, steps: usize, emulator: Option<String>) {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
     let mut runner = TestRunner::new_with_rng(config, rng);
     let count = Cell::new((0u64, 0u64));
-    let strategy = Program::sequential_strategy(1..steps);
+    let strategy = Program::sequential_strategy(steps);
     let outcome = runner.run(&strategy, |(model, transitions, seen)| {
         let (programs, all) = count.get();
         count.set((programs + 1, all + transitions.len() as u64));
@@ -211,7 +212,7 @@ fn programs(what: &str, cases: u32, steps: usize, emulator: Option<String>) {
 
 #[test]
 fn memory_and_file_are_what_the_model_says() {
-    programs("model on memory and a file", rounds(40), 60, None);
+    programs("model on memory and a file", rounds(30), 20..140, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -219,7 +220,7 @@ async fn the_emulator_is_what_the_model_says_too() {
     let Some(emulator) = Emulator::shared().await else { return };
     let address = emulator.address().to_owned();
     // There each query costs as much as there are documents.
-    let cases = rounds(40).div_ceil(13);
-    let run = move || programs("model on the emulator too", cases, 40, Some(address));
+    let cases = rounds(30).div_ceil(10);
+    let run = move || programs("model on the emulator too", cases, 10..40, Some(address));
     tokio::task::spawn_blocking(run).await.unwrap();
 }

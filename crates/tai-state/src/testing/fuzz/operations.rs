@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::Input;
 use crate::clock::ManualClock;
 use crate::error::Error;
+use crate::id::GovernorId;
 use crate::store::StateStore;
 use crate::testing::program::{Model, Runner, Step, beginning, options};
 
@@ -65,6 +66,7 @@ impl Run {
     }
 
     async fn step(&mut self, step: &Step) {
+        self.since.extend(self.model.within(step));
         let foretold = self.model.step(step);
         self.clock.set(self.model.now());
         let answer = self.runner.step(step).await;
@@ -107,6 +109,12 @@ impl Run {
             let now = self.model.now();
             self.model = was.expect("the file is nothing that it ever was");
             self.model.set(now);
+            // What a clean-up or a purge had given up and not yet removed, the next one removes.
+            for step in Step::finishing() {
+                self.runner.step(&step).await.expect("a clean-up");
+            }
+            let report = self.runner.store().verify(|_| {}).await.expect("a sound file");
+            assert_eq!(report.leftovers, 0, "{report:?}");
         }
         self.proved(&self.model).await;
         self.since = vec![self.model.clone()];
@@ -131,7 +139,7 @@ impl Run {
         let report = store.verify(|_| {}).await.expect("a sound file");
         assert!(report.ok, "{:?}", report.problems);
         let governors = store.list_governors(None, 10).await.expect("a sound file");
-        let governors: Vec<&str> = governors.iter().map(crate::id::GovernorId::as_str).collect();
+        let governors: Vec<&str> = governors.iter().map(GovernorId::as_str).collect();
         assert_eq!(governors, model.governors());
     }
 }

@@ -32,8 +32,8 @@ pub struct At(usize, usize);
 impl At {
     fn drawn(input: &mut Input<'_>) -> Self {
         // Mostly the same, so that there is something to conflict with.
-        let number = input.below(12);
-        Self(usize::from(number > 8), [0, 0, 0, 0, 0, 1, 1, 1, 2, 0, 1, 2][number])
+        let number = input.below(14);
+        Self(usize::from(number > 11), [0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 0, 1][number])
     }
 
     fn names(self) -> (&'static str, &'static str) {
@@ -170,6 +170,13 @@ impl Inner {
 }
 
 impl Step {
+    /// The steps that finish what was given up, and give up nothing more.
+    #[must_use]
+    pub fn finishing() -> Vec<Self> {
+        let of = |governor| Self::Cleanup(governor, DateTime::<Utc>::MIN_UTC, u64::MAX);
+        (0..GOVERNORS.len()).map(of).collect()
+    }
+
     /// The step that the next bytes are the recipe of.
     #[must_use]
     pub fn drawn(input: &mut Input<'_>) -> Self {

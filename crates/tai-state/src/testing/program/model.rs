@@ -142,7 +142,7 @@ impl Model {
     /// Takes a step, and says what must come of it.
     ///
     /// # Errors
-    /// The code of the error with which the step is refused.
+    /// The code of the error that it must be.
     pub fn step(&mut self, step: &Step) -> Answer {
         match step {
             Step::Tick(seconds) => {
@@ -190,7 +190,9 @@ impl Model {
                 let event = self.states[at].event(version);
                 Ok(json!({"event": event, "reverted_to": then}))
             }
-            Step::Cleanup(governor, cutoff, keep) => Ok(self.cleanup(*governor, *cutoff, *keep)),
+            Step::Cleanup(governor, cutoff, keep) => {
+                Ok(self.cleanup(*governor, *cutoff, *keep, usize::MAX))
+            }
             Step::Purge(at) => self.purge(*at),
             Step::SaveSnapshot(at) => {
                 let Some(state) = self.states.get_mut(at) else { return not_found() };
@@ -397,9 +399,25 @@ impl Model {
         Ok(Value::Array(results))
     }
 
-    fn cleanup(&mut self, governor: usize, cutoff: DateTime<Utc>, keep: u64) -> Value {
+    /// What a store may be when it is left in the middle of a step: a clean-up goes state by state.
+    #[must_use]
+    pub fn within(&self, step: &Step) -> Vec<Self> {
+        let Step::Cleanup(governor, cutoff, keep) = step else { return Vec::new() };
+        let upto = |most: usize| {
+            let mut model = self.clone();
+            model.cleanup(*governor, *cutoff, *keep, most);
+            model
+        };
+        (1..STATES.len()).map(upto).collect()
+    }
+
+    /// Of so many states at most, in the order of their names.
+    fn cleanup(&mut self, governor: usize, cutoff: DateTime<Utc>, keep: u64, most: usize) -> Value {
         let (mut states, mut events, mut snapshots, mut saved) = (0, 0, 0, 0);
-        for (_, state) in self.states.iter_mut().filter(|(at, _)| at.0 == governor) {
+        let of_governor = self.states.iter_mut().filter(|(at, _)| at.0 == governor);
+        let mut of_governor: Vec<(&At, &mut State)> = of_governor.collect();
+        of_governor.sort_by_key(|(at, _)| Name::escape(STATES[at.1], "id").expect("an id"));
+        for (_, state) in of_governor.into_iter().take(most) {
             states += 1;
             let most = (state.newest() + 1).saturating_sub(keep.max(1));
             let Some(found) = state.until(cutoff) else { continue };

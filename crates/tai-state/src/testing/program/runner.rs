@@ -74,7 +74,7 @@ impl Runner {
     /// Takes a step; the clock is not moved, since several stores may share it.
     ///
     /// # Errors
-    /// The code of the error with which the step is refused.
+    /// The code of the error that it was.
     pub async fn step(&self, step: &Step) -> Answer {
         self.run(step).await.map_err(said)
     }
