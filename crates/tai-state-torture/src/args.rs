@@ -70,18 +70,22 @@ pub(crate) enum Command {
 pub(crate) enum Harm {
     /// SIGKILL at random moments, creation included.
     Kill,
+    /// Power cuts at every sync of the real binary, and again while it recovers.
+    Powercut,
 }
 
 impl Harm {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Kill => "kill",
+            Self::Powercut => "powercut",
         }
     }
 
     pub(crate) async fn done_to(self, run: &Run) -> Tally {
         match self {
             Self::Kill => crate::kill::run(run),
+            Self::Powercut => crate::powercut::run(run),
         }
     }
 }

@@ -14,9 +14,11 @@
 mod args;
 mod kill;
 mod page;
+mod powercut;
 mod random;
 mod record;
 mod run;
+mod strace;
 mod tool;
 
 use std::process::ExitCode;

@@ -35,4 +35,5 @@ macro_rules! short_tier {
 
 short_tier! {
     kill => "kill",
+    powercut => "powercut",
 }
