@@ -24,6 +24,8 @@ pub(super) const STORE: &str = "store.tai";
 struct Notes {
     /// What each process was there for.
     sessions: Vec<String>,
+    /// The store's folder, as the traces name it.
+    place: PathBuf,
     truth: Truth,
 }
 
@@ -41,8 +43,9 @@ pub(super) struct Recording {
 impl Recording {
     /// Runs the binary into this folder; `size` is how many transactions it runs in the long session.
     pub(super) fn made(folder: &Path, random: &mut Random, size: u64) -> Self {
-        let mut notes = Notes::default();
         fs::create_dir(folder.join("store")).unwrap();
+        let place = folder.join("store").canonicalize().unwrap();
+        let mut notes = Notes { place, ..Notes::default() };
         let url = folder.join("store").join(STORE).display().to_string();
         let mut session = |name: &str, args: &[&str], input: &str, killed_after: Option<u64>| {
             let n = notes.sessions.len();
@@ -91,8 +94,7 @@ impl Recording {
     pub(super) fn read(folder: &Path) -> Self {
         let notes = fs::read_to_string(folder.join("notes.json")).unwrap();
         let notes: Notes = serde_json::from_str(&notes).unwrap();
-        let place = folder.join("store").canonicalize().unwrap();
-        let mut reader = Reader::new(&place, Disk::default());
+        let mut reader = Reader::new(&notes.place, Disk::default());
         let mut rebuilt = 0;
         for (n, name) in notes.sessions.iter().enumerate() {
             reader.session(&folder.join(format!("{n}.trace")), name, &notes.truth);
