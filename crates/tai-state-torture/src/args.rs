@@ -72,6 +72,8 @@ pub(crate) enum Harm {
     Kill,
     /// Power cuts at every sync of the real binary, and again while it recovers.
     Powercut,
+    /// A write, sync or other call that fails, for the n-th of every kind.
+    Eio,
 }
 
 impl Harm {
@@ -79,6 +81,7 @@ impl Harm {
         match self {
             Self::Kill => "kill",
             Self::Powercut => "powercut",
+            Self::Eio => "eio",
         }
     }
 
@@ -86,6 +89,7 @@ impl Harm {
         match self {
             Self::Kill => crate::kill::run(run),
             Self::Powercut => crate::powercut::run(run),
+            Self::Eio => crate::eio::run(run),
         }
     }
 }

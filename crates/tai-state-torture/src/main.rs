@@ -12,6 +12,8 @@
 )]
 
 mod args;
+mod eio;
+mod found;
 mod kill;
 mod page;
 mod powercut;

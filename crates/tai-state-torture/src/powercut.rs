@@ -33,7 +33,7 @@ use std::sync::{Mutex, mpsc};
 
 use crate::random::Random;
 use crate::run::{Run, Tally};
-use crate::{strace, tool};
+use crate::{found, strace, tool};
 use disk::{Disk, Event, Image};
 use plan::Planned;
 use record::{Recording, STORE};
@@ -79,13 +79,13 @@ pub(crate) fn run(run: &Run) -> Tally {
             let folder =
                 tempfile::Builder::new().prefix("tai-torture-powercut-").tempdir().unwrap();
             let folder = folder.keep();
-            Recording::made(&folder, &mut Random::of_round(run.seed, 1 << 40), 240);
+            Recording::made(&folder, &mut Random::of_round(run.seed, 1 << 40));
             folder
         }
     };
     let recording = Recording::read(&folder);
     describe(&recording, &mut tally);
-    let library = run.size(2_000, 20_000);
+    let library = run.size(700, 20_000);
     let parts = [
         (Opens::Library, library, 0),
         (Opens::Binary, library * 3 / 20, 1),
@@ -101,6 +101,8 @@ pub(crate) fn run(run: &Run) -> Tally {
     tally.at_least("images opened by the binary", library * 3 / 20);
     tally.at_least("cut a second time, during recovery", library / 10);
     tally.at_least("told to the user before a cut", 300);
+    // One in each process that writes, and one more when a checkpoint has emptied it.
+    tally.at_least("logs begun", 8);
     if tally.is_broken() {
         println!("  the recording and the images that failed are kept: {}", folder.display());
         println!("  {RECORDING}={} and --only N open one of them again", folder.display());
@@ -121,6 +123,9 @@ fn describe(recording: &Recording, tally: &mut Tally) {
     );
     let is_sync = |event: &Event| matches!(event, Event::Sync { .. } | Event::SyncFolder { .. });
     tally.count("syncs", count(is_sync) as u64);
+    let is_header =
+        |event: &Event| matches!(event, Event::Write { at: 0, data, .. } if data.len() == 32);
+    tally.count("logs begun", count(is_header) as u64);
     tally.count("told to the user before a cut", recording.told.len() as u64);
     tally.count("files rebuilt byte for byte", recording.rebuilt);
 }
@@ -250,12 +255,12 @@ fn verdict(job: &Job, recording: &Recording, folder: &Path) -> Result<(), String
         return if made.exit == 0 { Ok(()) } else { Err(format!("it cannot be made: {made:?}")) };
     }
     let found = match job.opens {
-        Opens::Binary => truth::read_with_binary(&file)?,
-        _ => truth::alone(|| truth::read(&file))?,
+        Opens::Binary => found::read_with_binary(&file)?,
+        _ => found::alone(|| found::read(&file))?,
     };
     truth::judge(&recording.truth, &recording.told, job.told, &found)?;
     if job.planned.n.is_multiple_of(GOES_ON) {
-        truth::alone(|| truth::goes_on(&file))?;
+        found::alone(|| found::goes_on(&file))?;
     }
     Ok(())
 }

@@ -38,6 +38,7 @@ pub(crate) fn under(trace: &Path, options: &[&str], command: &Command) -> Comman
 /// One system call.
 #[derive(Debug)]
 pub(crate) struct Call {
+    pub(crate) thread: String,
     pub(crate) name: String,
     pub(crate) args: Vec<String>,
     /// `None` when the process was killed in it; -1 when it failed.
@@ -94,18 +95,19 @@ pub(crate) fn read(trace: &Path) -> Vec<Call> {
         } else if rest.starts_with("<... ") {
             let (_, end) = rest.split_once(" resumed>").unwrap();
             let (first, start) = begun.remove(thread).expect("what is resumed was begun");
-            calls.push(call(&format!("{start}{end}"), first, number));
+            calls.push(call(thread, &format!("{start}{end}"), first, number));
         } else {
-            calls.push(call(rest, number, number));
+            calls.push(call(thread, rest, number, number));
         }
     }
-    let cut_off = begun.into_values().map(|(number, start)| call(&start, number, usize::MAX));
+    let cut_off =
+        begun.iter().map(|(thread, (number, start))| call(thread, start, *number, usize::MAX));
     calls.extend(cut_off);
     calls
 }
 
 /// `name(arg, arg) = result (INJECTED)`
-fn call(text: &str, begun: usize, ended: usize) -> Call {
+fn call(thread: &str, text: &str, begun: usize, ended: usize) -> Call {
     let (name, rest) = text.split_once('(').unwrap_or((text, ""));
     // Strings are in hexadecimal, so this sign stands nowhere else.
     let (args, result) = match rest.rsplit_once(" = ") {
@@ -119,6 +121,7 @@ fn call(text: &str, begun: usize, ended: usize) -> Call {
         .ok()
         .or_else(|| i64::from_str_radix(number.trim_start_matches("0x"), 16).ok());
     Call {
+        thread: thread.to_owned(),
         name: name.to_owned(),
         args: args.split(", ").map(str::to_owned).collect(),
         result: result_is,

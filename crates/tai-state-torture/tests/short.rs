@@ -36,4 +36,5 @@ macro_rules! short_tier {
 short_tier! {
     kill => "kill",
     powercut => "powercut",
+    eio => "eio",
 }

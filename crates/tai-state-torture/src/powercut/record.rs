@@ -19,6 +19,9 @@ use crate::tool;
 /// The store's name in its folder.
 pub(super) const STORE: &str = "store.tai";
 
+/// So many transactions fill the log until a checkpoint empties it and it begins anew.
+const ENOUGH: u64 = 160;
+
 /// What is written beside the traces, so that they can be read again.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Notes {
@@ -41,8 +44,8 @@ pub(super) struct Recording {
 }
 
 impl Recording {
-    /// Runs the binary into this folder; `size` is how many transactions it runs in the long session.
-    pub(super) fn made(folder: &Path, random: &mut Random, size: u64) -> Self {
+    /// Runs the binary into this folder.
+    pub(super) fn made(folder: &Path, random: &mut Random) -> Self {
         fs::create_dir(folder.join("store")).unwrap();
         let place = folder.join("store").canonicalize().unwrap();
         let mut notes = Notes { place, ..Notes::default() };
@@ -79,8 +82,8 @@ impl Recording {
         session("create", &["init"], "", None);
         session("import", &["import", "--acks", "--jobs", "8", input.to_str().unwrap()], "", None);
         session("one by one", &["txn"], &transfers(40, random), None);
-        let many = transfers(size, random);
-        session("killed", &["txn", "--concurrency", "2"], &many, Some(size));
+        let many = transfers(ENOUGH, random);
+        session("killed", &["txn"], &many, Some(ENOUGH));
         session("after the kill", &["txn", "--concurrency", "6"], &transfers(40, random), None);
         session("clean-up", &["cleanup", "--older-than", "0s", "--keep-last", "2"], "", None);
         session("purge imported/s2", &["purge", "imported/s2", "--yes"], "", None);
