@@ -74,6 +74,8 @@ pub(crate) enum Harm {
     Powercut,
     /// A write, sync or other call that fails, for the n-th of every kind.
     Eio,
+    /// A disk that is full, while the process goes on.
+    FullDisk,
 }
 
 impl Harm {
@@ -82,6 +84,7 @@ impl Harm {
             Self::Kill => "kill",
             Self::Powercut => "powercut",
             Self::Eio => "eio",
+            Self::FullDisk => "full-disk",
         }
     }
 
@@ -90,6 +93,7 @@ impl Harm {
             Self::Kill => crate::kill::run(run),
             Self::Powercut => crate::powercut::run(run),
             Self::Eio => crate::eio::run(run),
+            Self::FullDisk => crate::full_disk::run(run).await,
         }
     }
 }

@@ -14,6 +14,7 @@
 mod args;
 mod eio;
 mod found;
+mod full_disk;
 mod kill;
 mod page;
 mod powercut;

@@ -37,4 +37,5 @@ short_tier! {
     kill => "kill",
     powercut => "powercut",
     eio => "eio",
+    full_disk => "full-disk",
 }
