@@ -65,17 +65,27 @@ impl Call {
     pub(crate) fn bytes(&self, at: usize) -> Vec<u8> {
         let text = self.args.get(at).unwrap_or_else(|| panic!("no argument {at}: {self:?}"));
         let hex = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
-        let hex = hex.unwrap_or_else(|| panic!("{}: not a whole string", self.name));
-        let hex = hex.as_bytes();
-        let digit = |digit: u8| (digit as char).to_digit(16).unwrap() as u8;
-        let (bytes, rest) = hex.as_chunks::<4>();
-        assert!(rest.is_empty(), "{}: not in hexadecimal", self.name);
-        bytes.iter().map(|[_, _, high, low]| (digit(*high) << 4) | digit(*low)).collect()
+        unhex(hex.unwrap_or_else(|| panic!("{}: not a whole string", self.name)))
+    }
+
+    /// Of which file a descriptor is, where the trace says so (option `-y`).
+    pub(crate) fn file(&self, at: usize) -> String {
+        let text = self.args.get(at).map_or("", String::as_str);
+        let path = text.split_once('<').and_then(|(_, path)| path.strip_suffix('>'));
+        String::from_utf8_lossy(&unhex(path.unwrap_or_default())).into_owned()
     }
 
     pub(crate) fn text(&self, at: usize) -> String {
         String::from_utf8(self.bytes(at)).unwrap()
     }
+}
+
+/// `\x6f\x6b`
+fn unhex(text: &str) -> Vec<u8> {
+    let digit = |digit: u8| (digit as char).to_digit(16).unwrap() as u8;
+    let (bytes, rest) = text.as_bytes().as_chunks::<4>();
+    assert!(rest.is_empty(), "not in hexadecimal: {text}");
+    bytes.iter().map(|[_, _, high, low]| (digit(*high) << 4) | digit(*low)).collect()
 }
 
 /// The calls of all threads, in the order in which they ended.
@@ -115,7 +125,7 @@ fn call(thread: &str, text: &str, begun: usize, ended: usize) -> Call {
         None => (rest, "?"),
     };
     let args = args.strip_suffix(')').unwrap_or(args);
-    let number = result.split(' ').next().unwrap_or_default();
+    let number = result.split([' ', '<']).next().unwrap_or_default();
     let result_is = number
         .parse()
         .ok()
@@ -143,7 +153,7 @@ mod tests {
             r#"7 pwrite64(3, "\x00\xff", 2, 4096 <unfinished ...>"#,
             r#"8 write(1, "\x6f\x6b", 2)         = 2"#,
             "7 <... pwrite64 resumed>)        = 2",
-            "7 fsync(3)                       = -1 EIO (Input/output error) (INJECTED)",
+            r"7 fsync(3<\x2f\x61>)            = -1 EIO (Input/output error) (INJECTED)",
             "8 +++ exited with 0 +++",
             r#"7 write(1, "\x6f", 1 <unfinished ...>"#,
         ];
@@ -155,6 +165,7 @@ mod tests {
         assert_eq!((calls[2].bytes(1), calls[2].number(3)), (vec![0, 255], 4096));
         assert_eq!((calls[2].begun, calls[2].ended), (1, 3));
         assert!(calls[3].failed() && calls[3].injected);
+        assert_eq!(calls[3].file(0), "/a");
         assert_eq!(calls[4].result, None);
     }
 }

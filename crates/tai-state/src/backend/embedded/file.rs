@@ -65,7 +65,7 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
     let path = fs::canonicalize(path).map_err(|error| io_error(&location, &error))?;
     let held = recognise(&path, &location)?;
     let log = sidecar(&path, "-wal");
-    if let Some(reason) = super::log::damage(&log).map_err(|error| io_error(&location, &error))? {
+    if let Some(reason) = super::log::damage(&log).map_err(|error| failing(&location, &error))? {
         return Err(damaged(&location, &reason));
     }
     let mut conn = connect(&path).map_err(|error| opening(&location, error.into()))?;
@@ -93,6 +93,9 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
             }
         }
     }
+    // SQLite has just made the log, if there was none. It syncs the folder at the first commit and passes
+    // over it when that fails: a power cut would then take the log away, and acknowledged changes with it.
+    sync_folder(&path).map_err(|error| failing(&location, &error))?;
     wait_for_others(&mut conn).map_err(|error| opening(&location, error.into()))?;
     Ok(Opened { conn, identity, path, held })
 }
@@ -140,6 +143,26 @@ fn wait_for_others(conn: &mut Connection) -> rusqlite::Result<()> {
     }))
 }
 
+/// Makes the names in a file's folder durable, where folders can be synced at all.
+fn sync_folder(file: &Path) -> io::Result<()> {
+    let Some(folder) = file.parent() else { return Ok(()) };
+    match File::open(folder).and_then(|folder| folder.sync_all()) {
+        // Some systems and file systems cannot, and a folder that may not be listed cannot be opened.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::InvalidInput
+                    | io::ErrorKind::Unsupported
+                    | io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            tracing::debug!(%error, folder = %folder.display(), "the folder cannot be synced");
+            Ok(())
+        }
+        outcome => outcome,
+    }
+}
+
 /// Looks at the header before SQLite does: what is refused here is refused with its reason, and is
 /// not touched.
 fn recognise(path: &Path, location: &str) -> Result<Held> {
@@ -160,7 +183,7 @@ fn recognise(path: &Path, location: &str) -> Result<Held> {
         ));
     }
     let held = Held::open(path, &found).map_err(|error| io_error(location, &error))?;
-    let header = held.header().map_err(|error| io_error(location, &error))?;
+    let header = held.header().map_err(|error| failing(location, &error))?;
     let at = |range: std::ops::Range<usize>| header.get(range).unwrap_or_default();
     let is_sqlite = at(0..16) == b"SQLite format 3\0";
     let is_ours = at(68..72) == APPLICATION_ID.to_be_bytes();
@@ -242,9 +265,9 @@ fn make(path: &Path, location: &str) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let failed = |error: io::Error| io_error(location, &error);
+    let failed = |error: io::Error| failing(location, &error);
     // Absolute, so that SQLite finds no special meaning in the name.
-    let parent = fs::canonicalize(parent).map_err(failed)?;
+    let parent = fs::canonicalize(parent).map_err(|error| io_error(location, &error))?;
     let temporary = tempfile::Builder::new()
         .prefix(".tai-state-")
         .suffix(".new")
@@ -257,7 +280,7 @@ fn make(path: &Path, location: &str) -> Result<()> {
         Ok(()) => {}
         // Another process was faster: its file is as good.
         Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(io_error(location, &error.error)),
+        Err(error) => return Err(failed(error.error)),
     }
     File::open(&parent).and_then(|directory| directory.sync_all()).map_err(failed)
 }
@@ -444,6 +467,13 @@ fn opening(location: &str, error: RowError) -> Error {
         let reason = format!("{error}: may files be made in its folder?");
         return Error::PermissionDenied { location: location.to_owned(), reason };
     }
+    // A full disk is told apart below.
+    if let RowError::Sqlite(error) = &error
+        && error.sqlite_error_code() == Some(rusqlite::ErrorCode::SystemIoFailure)
+        && !super::is_full(error)
+    {
+        return Error::Storage { location: location.to_owned(), reason: error.to_string() };
+    }
     crate::reader::lift(super::port_error(error, location), location)
 }
 
@@ -456,6 +486,14 @@ fn io_error(location: &str, error: &io::Error) -> Error {
             Error::StorageFull { location: location.to_owned() }
         }
         _ => not_a_store(location, &error.to_string()),
+    }
+}
+
+/// As [`io_error`], for a file or folder that is there: what else happens is the disk's fault.
+fn failing(location: &str, error: &io::Error) -> Error {
+    match io_error(location, error) {
+        Error::NotAStore { location, reason } => Error::Storage { location, reason },
+        typed => typed,
     }
 }
 
