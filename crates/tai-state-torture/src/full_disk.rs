@@ -132,7 +132,7 @@ impl Round<'_> {
         let file = self.disk.file("store.tai");
         let store = StateStore::open(&file).await.unwrap();
         for _ in 0..3 {
-            self.to_the_brim(&store, random, tally).await;
+            self.filled(&store, random, tally).await;
         }
         drop(store);
         self.opening(&file, random, tally).await;
@@ -178,7 +178,7 @@ impl Round<'_> {
     }
 
     /// Writes until the disk is full, reads, makes room and writes on.
-    async fn to_the_brim(&mut self, store: &StateStore, random: &mut Random, tally: &mut Tally) {
+    async fn filled(&mut self, store: &StateStore, random: &mut Random, tally: &mut Tally) {
         self.disk.fill(100_000 + random.below(300_000));
         let mut tries = 0;
         let error = loop {
@@ -248,7 +248,7 @@ impl Round<'_> {
         let file = self.disk.file("store.tai");
         let store = StateStore::open(&file).await.unwrap();
         let log = self.disk.file("store.tai-wal");
-        self.to_a_new_log(&store, &log, tally).await;
+        self.log_renewed(&store, &log, tally).await;
         self.disk.fill(0);
         let error = loop {
             if let Err(error) = self.write(&store, 1_500, tally).await {
@@ -266,14 +266,14 @@ impl Round<'_> {
             format!("round {}: after a checkpoint without room: {after:?}", self.n)
         });
         // And the log is folded in after all.
-        self.to_a_new_log(&store, &log, tally).await;
+        self.log_renewed(&store, &log, tally).await;
         self.judge(&store, "after the checkpoint", tally).await;
         let report = store.verify(|_| {}).await.unwrap();
         tally.holds(report.ok, || format!("round {}: verify: {:?}", self.n, report.problems));
     }
 
     /// Writes until the log has been folded in and begins anew, over what it was.
-    async fn to_a_new_log(&mut self, store: &StateStore, log: &Path, tally: &mut Tally) {
+    async fn log_renewed(&mut self, store: &StateStore, log: &Path, tally: &mut Tally) {
         let mut before = None;
         for _ in 0..1_000 {
             self.write(store, 10, tally).await.unwrap();

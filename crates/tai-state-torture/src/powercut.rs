@@ -162,7 +162,7 @@ fn images(run: &Run, recording: &Recording, opens: Opens, size: u64, seed: u64, 
         for mut planned in planned {
             while taken < planned.cut {
                 disk.take(&recording.events, taken);
-                told += usize::from(matches!(recording.events[taken], Event::Told(_)));
+                told += usize::from(matches!(recording.events[taken], Event::Told));
                 taken += 1;
             }
             if chosen.len() != size as usize && !chosen.contains(&planned.n) {
@@ -189,7 +189,7 @@ fn control_plan(recording: &Recording, seed: u64, size: u64) -> Vec<Planned> {
     for (at, event) in recording.events.iter().enumerate() {
         match event {
             Event::Start => has_told = false,
-            Event::Told(_) => has_told = true,
+            Event::Told => has_told = true,
             _ => {}
         }
         if has_told {

@@ -36,7 +36,7 @@ pub(super) fn all(events: &[Event], seed: u64, size: u64) -> Vec<Planned> {
         disk.take(events, at);
         if is_sync {
             boundary(&disk, at + 1, &mut whole, &mut single);
-        } else if matches!(events[at], Event::Told(_)) {
+        } else if matches!(events[at], Event::Told) {
             whole.extend([(at + 1, Kind::Nothing), (at + 1, Kind::Everything)]);
         }
     }

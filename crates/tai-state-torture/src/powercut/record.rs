@@ -386,7 +386,7 @@ impl Reader {
             let line: Value = serde_json::from_slice(&line).unwrap_or_default();
             if let Some(told) = truth::told(&line, session, truth) {
                 self.told.push(told);
-                self.push(time, Event::Told(self.told.len() - 1));
+                self.push(time, Event::Told);
             }
         }
     }

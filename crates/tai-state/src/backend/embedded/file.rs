@@ -10,7 +10,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
 use super::held::{Held, names_of};
 use super::rows::{RowError, Rows, corrupt};
-use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc};
+use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc, schema_checks};
 use crate::backend::Identity;
 use crate::clock::{jitter, random_id};
 use crate::error::{Error, Result};
@@ -93,8 +93,8 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
             }
         }
     }
-    // SQLite has just made the log, if there was none. It syncs the folder at the first commit and passes
-    // over it when that fails: a power cut would then take the log away, and acknowledged changes with it.
+    // SQLite syncs the folder of a new log too, but passes over a failure: a power cut would then take
+    // the log away, and acknowledged changes with it.
     sync_folder(&path).map_err(|error| failing(&location, &error))?;
     wait_for_others(&mut conn).map_err(|error| opening(&location, error.into()))?;
     Ok(Opened { conn, identity, path, held })
@@ -143,24 +143,16 @@ fn wait_for_others(conn: &mut Connection) -> rusqlite::Result<()> {
     }))
 }
 
-/// Makes the names in a file's folder durable, where folders can be synced at all.
+/// Makes the names in a file's folder durable, where that can be done at all.
 fn sync_folder(file: &Path) -> io::Result<()> {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, Unsupported};
     let Some(folder) = file.parent() else { return Ok(()) };
-    match File::open(folder).and_then(|folder| folder.sync_all()) {
-        // Some systems and file systems cannot, and a folder that may not be listed cannot be opened.
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::InvalidInput
-                    | io::ErrorKind::Unsupported
-                    | io::ErrorKind::PermissionDenied
-            ) =>
-        {
-            tracing::debug!(%error, folder = %folder.display(), "the folder cannot be synced");
-            Ok(())
-        }
-        outcome => outcome,
-    }
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    // Some file systems cannot, and a folder that may not be listed cannot be opened for it.
+    synced.or_else(|error| match error.kind() {
+        InvalidInput | Unsupported | PermissionDenied => Ok(()),
+        _ => Err(error),
+    })
 }
 
 /// Looks at the header before SQLite does: what is refused here is refused with its reason, and is
@@ -367,23 +359,6 @@ fn damaged_tables(reason: &str) -> ProofError {
     ProofError::Rows(corrupt("the tables of the file", reason))
 }
 
-/// Checks over the schema's texts, and over the texts with their root pages.
-fn schema_checks(conn: &Connection) -> Rows<(u32, u32)> {
-    let mut statement = conn.prepare(
-        "SELECT type, name, tbl_name, rootpage, coalesce(sql, '') FROM sqlite_schema ORDER BY name",
-    )?;
-    let mut rows = statement.query([])?;
-    let (mut texts, mut roots) = (String::new(), String::new());
-    while let Some(row) = rows.next()? {
-        let (kind, name, table): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
-        let (root, sql): (i64, String) = (row.get(3)?, row.get(4)?);
-        let line = format!("{kind}\0{name}\0{table}\0{sql}\0");
-        texts.push_str(&line);
-        roots.push_str(&format!("{line}{root}\0"));
-    }
-    Ok((row_crc(&[&texts]), row_crc(&[&roots])))
-}
-
 /// What SQLite finds when it reads its whole structure.
 pub(crate) fn integrity(conn: &Connection) -> Rows<Vec<String>> {
     let mut statement = conn.prepare("PRAGMA integrity_check(20)")?;
@@ -460,19 +435,20 @@ fn damaged(location: &str, reason: &str) -> Error {
 }
 
 fn opening(location: &str, error: RowError) -> Error {
-    // The file itself could be opened, so it is the folder: its log cannot be made.
+    use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
     if let RowError::Sqlite(error) = &error
-        && error.sqlite_error_code() == Some(rusqlite::ErrorCode::CannotOpen)
-    {
-        let reason = format!("{error}: may files be made in its folder?");
-        return Error::PermissionDenied { location: location.to_owned(), reason };
-    }
-    // A full disk is told apart below.
-    if let RowError::Sqlite(error) = &error
-        && error.sqlite_error_code() == Some(rusqlite::ErrorCode::SystemIoFailure)
         && !super::is_full(error)
     {
-        return Error::Storage { location: location.to_owned(), reason: error.to_string() };
+        let (location, reason) = (location.to_owned(), error.to_string());
+        match error.sqlite_error_code() {
+            // The file itself could be opened, so it is the folder: its log cannot be made.
+            Some(CannotOpen) => {
+                let reason = format!("{reason}: may files be made in its folder?");
+                return Error::PermissionDenied { location, reason };
+            }
+            Some(SystemIoFailure) => return Error::Storage { location, reason },
+            _ => {}
+        }
     }
     crate::reader::lift(super::port_error(error, location), location)
 }
