@@ -91,6 +91,12 @@ pub(crate) enum Harm {
     Net,
     /// Every call dropped at every point, and a runtime that ends in the middle of one.
     Cancel,
+    /// Power cuts at every sync of the real binary, and again while it recovers.
+    Powercut,
+    /// A write, sync or other call that fails, for the n-th of every kind.
+    Eio,
+    /// A disk that is full, while the process goes on.
+    FullDisk,
 }
 
 impl Harm {
@@ -105,6 +111,9 @@ impl Harm {
             Self::Soak => "soak",
             Self::Net => "net",
             Self::Cancel => "cancel",
+            Self::Powercut => "powercut",
+            Self::Eio => "eio",
+            Self::FullDisk => "full-disk",
         }
     }
 
@@ -119,6 +128,9 @@ impl Harm {
             Self::Soak => crate::soak::run(run).await,
             Self::Net => crate::net::run(run).await,
             Self::Cancel => crate::cancel::run(run).await,
+            Self::Powercut => crate::powercut::run(run),
+            Self::Eio => crate::eio::run(run),
+            Self::FullDisk => crate::full_disk::run(run).await,
         }
     }
 }

@@ -42,4 +42,7 @@ short_tier! {
     soak => "soak",
     net => "net",
     cancel => "cancel",
+    powercut => "powercut",
+    eio => "eio",
+    full_disk => "full-disk",
 }

@@ -10,7 +10,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
 use super::held::{Held, names_of};
 use super::rows::{RowError, Rows, corrupt};
-use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc};
+use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc, schema_checks};
 use crate::backend::Identity;
 use crate::clock::{jitter, random_id};
 use crate::error::{Error, Result};
@@ -65,7 +65,7 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
     let path = fs::canonicalize(path).map_err(|error| io_error(&location, &error))?;
     let held = recognise(&path, &location)?;
     let log = sidecar(&path, "-wal");
-    if let Some(reason) = super::log::damage(&log).map_err(|error| io_error(&location, &error))? {
+    if let Some(reason) = super::log::damage(&log).map_err(|error| failing(&location, &error))? {
         return Err(damaged(&location, &reason));
     }
     let mut conn = connect(&path).map_err(|error| opening(&location, error.into()))?;
@@ -93,6 +93,9 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
             }
         }
     }
+    // SQLite syncs the folder of a new log too, but passes over a failure: a power cut would then take
+    // the log away, and acknowledged changes with it.
+    sync_folder(&path).map_err(|error| failing(&location, &error))?;
     wait_for_others(&mut conn).map_err(|error| opening(&location, error.into()))?;
     Ok(Opened { conn, identity, path, held })
 }
@@ -140,6 +143,18 @@ fn wait_for_others(conn: &mut Connection) -> rusqlite::Result<()> {
     }))
 }
 
+/// Makes the names in a file's folder durable, where that can be done at all.
+fn sync_folder(file: &Path) -> io::Result<()> {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, Unsupported};
+    let Some(folder) = file.parent() else { return Ok(()) };
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    // Some file systems cannot, and a folder that may not be listed cannot be opened for it.
+    synced.or_else(|error| match error.kind() {
+        InvalidInput | Unsupported | PermissionDenied => Ok(()),
+        _ => Err(error),
+    })
+}
+
 /// Looks at the header before SQLite does: what is refused here is refused with its reason, and is
 /// not touched.
 fn recognise(path: &Path, location: &str) -> Result<Held> {
@@ -160,7 +175,7 @@ fn recognise(path: &Path, location: &str) -> Result<Held> {
         ));
     }
     let held = Held::open(path, &found).map_err(|error| io_error(location, &error))?;
-    let header = held.header().map_err(|error| io_error(location, &error))?;
+    let header = held.header().map_err(|error| failing(location, &error))?;
     let at = |range: std::ops::Range<usize>| header.get(range).unwrap_or_default();
     let is_sqlite = at(0..16) == b"SQLite format 3\0";
     let is_ours = at(68..72) == APPLICATION_ID.to_be_bytes();
@@ -242,9 +257,9 @@ fn make(path: &Path, location: &str) -> Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let failed = |error: io::Error| io_error(location, &error);
+    let failed = |error: io::Error| failing(location, &error);
     // Absolute, so that SQLite finds no special meaning in the name.
-    let parent = fs::canonicalize(parent).map_err(failed)?;
+    let parent = fs::canonicalize(parent).map_err(|error| io_error(location, &error))?;
     let temporary = tempfile::Builder::new()
         .prefix(".tai-state-")
         .suffix(".new")
@@ -257,7 +272,7 @@ fn make(path: &Path, location: &str) -> Result<()> {
         Ok(()) => {}
         // Another process was faster: its file is as good.
         Err(error) if error.error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(io_error(location, &error.error)),
+        Err(error) => return Err(failed(error.error)),
     }
     File::open(&parent).and_then(|directory| directory.sync_all()).map_err(failed)
 }
@@ -344,23 +359,6 @@ fn damaged_tables(reason: &str) -> ProofError {
     ProofError::Rows(corrupt("the tables of the file", reason))
 }
 
-/// Checks over the schema's texts, and over the texts with their root pages.
-fn schema_checks(conn: &Connection) -> Rows<(u32, u32)> {
-    let mut statement = conn.prepare(
-        "SELECT type, name, tbl_name, rootpage, coalesce(sql, '') FROM sqlite_schema ORDER BY name",
-    )?;
-    let mut rows = statement.query([])?;
-    let (mut texts, mut roots) = (String::new(), String::new());
-    while let Some(row) = rows.next()? {
-        let (kind, name, table): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
-        let (root, sql): (i64, String) = (row.get(3)?, row.get(4)?);
-        let line = format!("{kind}\0{name}\0{table}\0{sql}\0");
-        texts.push_str(&line);
-        roots.push_str(&format!("{line}{root}\0"));
-    }
-    Ok((row_crc(&[&texts]), row_crc(&[&roots])))
-}
-
 /// What SQLite finds when it reads its whole structure.
 pub(crate) fn integrity(conn: &Connection) -> Rows<Vec<String>> {
     let mut statement = conn.prepare("PRAGMA integrity_check(20)")?;
@@ -437,12 +435,20 @@ fn damaged(location: &str, reason: &str) -> Error {
 }
 
 fn opening(location: &str, error: RowError) -> Error {
-    // The file itself could be opened, so it is the folder: its log cannot be made.
+    use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
     if let RowError::Sqlite(error) = &error
-        && error.sqlite_error_code() == Some(rusqlite::ErrorCode::CannotOpen)
+        && !super::is_full(error)
     {
-        let reason = format!("{error}: may files be made in its folder?");
-        return Error::PermissionDenied { location: location.to_owned(), reason };
+        let (location, reason) = (location.to_owned(), error.to_string());
+        match error.sqlite_error_code() {
+            // The file itself could be opened, so it is the folder: its log cannot be made.
+            Some(CannotOpen) => {
+                let reason = format!("{reason}: may files be made in its folder?");
+                return Error::PermissionDenied { location, reason };
+            }
+            Some(SystemIoFailure) => return Error::Storage { location, reason },
+            _ => {}
+        }
     }
     crate::reader::lift(super::port_error(error, location), location)
 }
@@ -456,6 +462,14 @@ fn io_error(location: &str, error: &io::Error) -> Error {
             Error::StorageFull { location: location.to_owned() }
         }
         _ => not_a_store(location, &error.to_string()),
+    }
+}
+
+/// As [`io_error`], for a file or folder that is there: what else happens is the disk's fault.
+fn failing(location: &str, error: &io::Error) -> Error {
+    match io_error(location, error) {
+        Error::NotAStore { location, reason } => Error::Storage { location, reason },
+        typed => typed,
     }
 }
 

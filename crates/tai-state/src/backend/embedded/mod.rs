@@ -250,6 +250,15 @@ fn cancelled(error: &tokio::task::JoinError) -> BackendError {
     BackendError::Unavailable(format!("the runtime is shutting down: {error}"))
 }
 
+/// Whether there is no space. The file of shared memory is made larger when a store is opened, and as its
+/// log grows; that it cannot be is an error of its own, and space is what it wants.
+fn is_full(error: &rusqlite::Error) -> bool {
+    error.sqlite_error_code() == Some(ErrorCode::DiskFull)
+        || error
+            .sqlite_error()
+            .is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
+}
+
 /// What an SQLite error means to the room above.
 fn port_error(error: RowError, location: &str) -> BackendError {
     let error = match error {
@@ -259,7 +268,7 @@ fn port_error(error: RowError, location: &str) -> BackendError {
     let corrupt =
         |reason: String| BackendError::Corrupt { location: format!("the file {location}"), reason };
     match error.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => BackendError::Full,
+        _ if is_full(&error) => BackendError::Full,
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
             BackendError::Unavailable("another process has held the file for too long".into())
         }

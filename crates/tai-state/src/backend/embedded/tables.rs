@@ -6,9 +6,11 @@
 
 use std::fmt;
 
+use rusqlite::Connection;
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use sha2::{Digest, Sha256};
 
+use super::rows::Rows;
 use crate::backend::{Key, Kind, Name, Revision};
 
 /// `tai1`, in the header of every store file.
@@ -174,6 +176,23 @@ pub(crate) fn row_crc(columns: &[&dyn fmt::Display]) -> u32 {
         crc.update(&[0]);
     }
     crc.finalize()
+}
+
+/// Checks over the schema's texts, and over the texts with their root pages.
+pub(crate) fn schema_checks(conn: &Connection) -> Rows<(u32, u32)> {
+    let mut statement = conn.prepare(
+        "SELECT type, name, tbl_name, rootpage, coalesce(sql, '') FROM sqlite_schema ORDER BY name",
+    )?;
+    let mut rows = statement.query([])?;
+    let (mut texts, mut roots) = (String::new(), String::new());
+    while let Some(row) = rows.next()? {
+        let (kind, name, table): (String, String, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
+        let (root, sql): (i64, String) = (row.get(3)?, row.get(4)?);
+        let line = format!("{kind}\0{name}\0{table}\0{sql}\0");
+        texts.push_str(&line);
+        roots.push_str(&format!("{line}{root}\0"));
+    }
+    Ok((row_crc(&[&texts]), row_crc(&[&roots])))
 }
 
 /// The second way to a row: the first 63 bits of the SHA-256 of governor and name.
