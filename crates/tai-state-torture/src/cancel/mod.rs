@@ -92,7 +92,7 @@ pub(crate) async fn run(run: &Run) -> Tally {
             let mut random = Random::new(random.next());
             // There each call takes its time; with every change some of its points are passed over.
             let is_slow = matches!(engine, Engine::Emulator { .. });
-            let every = if is_slow && run.tier == Tier::Short { 4 } else { 1 };
+            let every = if is_slow && run.tier == Tier::Short { 10 } else { 1 };
             parts.spawn(async move {
                 let mut tally = Tally::default();
                 round(n, &engine, every, &mut random, &mut tally).await;
@@ -108,8 +108,8 @@ pub(crate) async fn run(run: &Run) -> Tally {
         }
         openings(n, &engines, &mut tally).await;
     }
-    tally.at_least("calls dropped", 300 * rounds);
-    tally.at_least("of them after their first poll", 150 * rounds);
+    tally.at_least("calls dropped", 250 * rounds);
+    tally.at_least("of them after their first poll", 120 * rounds);
     tally.at_least("runtimes ended in the middle", 20 * rounds);
     let panics = panics() - before;
     tally.count("panics", panics);
