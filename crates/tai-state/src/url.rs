@@ -253,7 +253,7 @@ mod tests {
             ("\0x://ada:s3cr3t@host", "…@host"),
             ("firestore+emulator://ada:s3cr3t@h:80/p", "firestore+emulator://…@h:80/p"),
             ("firestore://p?key=s3cr3t", "firestore://p?…"),
-            ("firestore://p/#s3cr3t", "firestore://p/?…"),
+            ("redis://host/0#s3cr3t", "redis://host/0?…"),
             ("firestore://p?prefix=a/b", "firestore://p?prefix=a/b"),
             ("http://x", "http://x"),
         ] {

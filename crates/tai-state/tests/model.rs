@@ -17,7 +17,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use proptest_state_machine::{ReferenceStateMachine, StateMachineTest};
 use tai_state::testing::emulator::Emulator;
 use tai_state::testing::fuzz::Input;
-use tai_state::testing::program::{Model, Runner, Step, beginning, options};
+use tai_state::testing::program::{Model, Runner, Step, beginning, folder, options};
 use tai_state::{ManualClock, StateStore};
 use tokio::runtime::Runtime;
 
@@ -68,7 +68,7 @@ struct Engines {
 impl Engines {
     fn new(emulator: Option<&str>) -> Self {
         let runtime = Runtime::new().unwrap();
-        let folder = tempfile::tempdir().unwrap();
+        let folder = folder().unwrap();
         let clock = Arc::new(ManualClock::at(beginning()));
         let memory = Runner::new(StateStore::in_memory_with(options(clock.clone())));
         let file = runtime.block_on(open(&folder.path().join("0.tai"), &clock));

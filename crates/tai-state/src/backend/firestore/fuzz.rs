@@ -25,7 +25,7 @@ use super::{commit, meta, read};
 use crate::backend::{BackendError, Key, Kind, Name, Precondition, Write};
 use crate::keys::Address;
 use crate::schema;
-use crate::testing::fuzz::Input;
+use crate::testing::fuzz::{BODIES, Input};
 
 /// The text of a body, or with a first byte of 0 a recipe for one.
 pub(crate) fn values(bytes: &[u8]) {
@@ -354,13 +354,7 @@ fn drawn(input: &mut Input<'_>) -> proto::Document {
 
 /// The fields of a document as a store writes them, with one of them changed now and then.
 fn sound(input: &mut Input<'_>) -> Fields {
-    let texts = [
-        r#"{"format":1,"store":"s","incarnation":1,"created_at":"2026-01-01T00:00:00Z","moved_to":null}"#,
-        r#"{"format":1,"id":"x","state_id":"s","version":1,"action":"a","from_version":0,"to_state":1,"timestamp":"2026-01-01T00:00:00Z","causality":{},"metadata":{"changed_by":"c","reason":"r"},"deleted":false,"prev_hash":null,"hash":""}"#,
-        r#"{"format":1,"client_id":"c","lock_token":"t","fencing_token":1,"held":true,"broken":false,"lost_token":0,"lease_ms":1,"clock":"","clock_micros":1,"acquired_at":"2026-01-01T00:00:00Z","expires_at":"2026-01-01T00:00:00Z"}"#,
-        r#"{"format":1,"id":"x","request":null,"answer":{"value":1},"created_at":"2026-01-01T00:00:00Z","expires_at":"2026-01-01T00:00:00Z"}"#,
-    ];
-    let mut fields = to_fields(texts[input.below(texts.len())], 0).expect("a body");
+    let mut fields = to_fields(BODIES[input.below(BODIES.len())], 0).expect("a body");
     if input.below(2) == 1 {
         let at = input.below(fields.len());
         if let Some(value) = fields.values_mut().nth(at) {

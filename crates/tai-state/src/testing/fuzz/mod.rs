@@ -21,6 +21,8 @@ mod url;
 pub use input::Input;
 #[cfg(feature = "firestore")]
 pub(crate) use json::same;
+#[cfg(feature = "firestore")]
+pub(crate) use records::BODIES;
 
 /// A function that takes any bytes.
 #[derive(Debug, Clone, Copy)]

@@ -9,7 +9,7 @@ use crate::clock::ManualClock;
 use crate::error::Error;
 use crate::id::GovernorId;
 use crate::store::StateStore;
-use crate::testing::program::{Model, Runner, Step, beginning, options};
+use crate::testing::program::{Model, Runner, Step, beginning, folder, options};
 
 /// Steps of one run.
 const MOST_STEPS: usize = 60;
@@ -32,7 +32,7 @@ struct Run {
 }
 
 async fn run(mut input: Input<'_>) {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder().expect("a folder");
     let clock = Arc::new(ManualClock::at(beginning()));
     let runner = open(&folder.path().join("0.tai"), &clock).await.expect("a new store");
     let model = Model::default();

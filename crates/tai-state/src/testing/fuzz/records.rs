@@ -16,6 +16,15 @@ use crate::lease::{Lease, Now, Wanted};
 use crate::schema;
 use crate::transition::{Head, Transition};
 
+/// Bodies as stores write them, for what answers with documents.
+#[cfg(feature = "firestore")]
+pub(crate) const BODIES: [&str; 4] = [
+    r#"{"format":1,"store":"s","incarnation":1,"created_at":"2026-01-01T00:00:00Z","moved_to":null}"#,
+    r#"{"format":1,"id":"x","state_id":"s","version":1,"action":"a","from_version":0,"to_state":1,"timestamp":"2026-01-01T00:00:00Z","causality":{},"metadata":{"changed_by":"c","reason":"r"},"deleted":false,"prev_hash":null,"hash":""}"#,
+    r#"{"format":1,"client_id":"c","lock_token":"t","fencing_token":1,"held":true,"broken":false,"lost_token":0,"lease_ms":1,"clock":"","clock_micros":1,"acquired_at":"2026-01-01T00:00:00Z","expires_at":"2026-01-01T00:00:00Z"}"#,
+    r#"{"format":1,"id":"x","request":null,"answer":{"value":1},"created_at":"2026-01-01T00:00:00Z","expires_at":"2026-01-01T00:00:00Z"}"#,
+];
+
 /// The kind in the first byte; with its highest bit set the hashes are made to fit. Then the text.
 pub(super) fn record(bytes: &[u8]) {
     let Some((first, text)) = bytes.split_first() else { return };

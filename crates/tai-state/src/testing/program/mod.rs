@@ -236,6 +236,17 @@ pub fn options(clock: std::sync::Arc<dyn crate::clock::Clock>) -> StoreOptions {
     StoreOptions { persistence, clock, node: Some("n".to_owned()), ..StoreOptions::default() }
 }
 
+/// A folder for the file of a program: in memory where there is such a place, since what is tested here
+/// is not the disk.
+///
+/// # Errors
+/// What making a folder meets.
+#[cfg(feature = "embedded")]
+pub fn folder() -> std::io::Result<tempfile::TempDir> {
+    let memory = std::path::Path::new("/dev/shm");
+    tempfile::tempdir_in(memory).or_else(|_| tempfile::tempdir())
+}
+
 /// A version as it is told, by a store and by the model.
 fn told(version: u64, action: &str, time: DateTime<Utc>, deleted: bool, data: &Value) -> Value {
     let micros = time.timestamp_micros();
