@@ -28,6 +28,8 @@ pub(crate) struct Failure {
     hint: Option<String>,
     detail: Map<String, Value>,
     reader_left: bool,
+    /// What is wrong is that the answer could not be written.
+    is_unsaid: bool,
     /// Nothing is said: the exit code is that of a command which was run, and which has said it all.
     quiet: bool,
 }
@@ -45,6 +47,7 @@ impl Failure {
             hint: None,
             detail: Map::new(),
             reader_left: false,
+            is_unsaid: false,
             quiet: false,
         }
     }
@@ -84,6 +87,11 @@ impl Failure {
         Self { reader_left: true, ..Self::new(exit::OTHER, "io", message) }
     }
 
+    /// The answer could not be written to standard output.
+    pub(crate) fn unsaid(error: &std::io::Error) -> Self {
+        Self { is_unsaid: true, ..io("standard output", error) }
+    }
+
     /// Ends with the exit code of a command that was run.
     pub(crate) fn passed_on(exit: u8) -> Self {
         Self { quiet: true, ..Self::new(exit, "other", "the command failed") }
@@ -97,10 +105,15 @@ impl Failure {
 
     /// For a command that changes things: without its reader it has stopped part-way.
     pub(crate) fn part_way(mut self) -> Self {
-        if std::mem::take(&mut self.reader_left) {
+        if std::mem::take(&mut self.reader_left) || self.is_unsaid {
             self.exit = exit::PART_WAY;
         }
         self
+    }
+
+    /// For a command whose one change stands: an answer that could not be written does not undo it.
+    pub(crate) fn though(self, what_was_done: &str) -> Self {
+        if self.is_unsaid { self.part_way().context(what_was_done) } else { self }
     }
 
     /// As one JSON object.

@@ -24,13 +24,16 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
+            let code = u8::try_from(error.exit_code()).unwrap_or(exit::USAGE);
             // What asks for help is answered; anything else may quote an argument that steers a terminal.
-            if error.use_stderr() {
-                eprint!("{}", output::visible(&error.to_string()));
-            } else {
+            if !error.use_stderr() {
                 let _ = error.print();
+            } else if wants_json() {
+                misused(&error).with_exit(code).report(Format::Json);
+            } else {
+                eprint!("{}", output::visible(&error.to_string()));
             }
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::USAGE));
+            return ExitCode::from(code);
         }
     };
     let format = cli.global.output;
@@ -40,6 +43,34 @@ pub fn main() -> ExitCode {
     };
     let outcome = runtime.block_on(run(cli));
     ended(outcome, format)
+}
+
+/// Whether errors are read by a program, when the command line that would say so cannot be understood.
+fn wants_json() -> bool {
+    let args: Vec<String> =
+        std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let ours = args.split(|arg| arg == "--").next().unwrap_or_default();
+    let after = ours.iter().skip(1).map(Some).chain([None]);
+    let said = ours.iter().zip(after).filter_map(|(arg, next)| match arg.as_str() {
+        "-o" | "--output" => next.map(String::as_str),
+        arg => arg.strip_prefix("--output=").or_else(|| arg.strip_prefix("-o")),
+    });
+    let environment = std::env::var("TAI_STATE_OUTPUT").ok();
+    let said = said.last().or(environment.as_deref());
+    said.is_some_and(|format| matches!(format.trim_start_matches('='), "json" | "jsonl"))
+}
+
+/// What clap says, in one line and with its hints apart.
+fn misused(error: &clap::Error) -> Failure {
+    let text = error.to_string();
+    let mut parts =
+        text.split("\n\n").map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
+    let message = parts.next().unwrap_or_default();
+    let failure = Failure::usage(message.strip_prefix("error: ").unwrap_or(&message));
+    match parts.filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ") {
+        hint if hint.is_empty() => failure,
+        hint => failure.hint(hint),
+    }
 }
 
 fn ended(outcome: Outcome, format: Format) -> ExitCode {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tai_state::{Event, StateRecord};
 
 use crate::args::{Format, Global};
-use crate::failure::{Failure, Outcome, io as io_failure};
+use crate::failure::{Failure, Outcome};
 
 /// Text in which nothing steers a terminal: control characters and the marks that turn the
 /// direction of writing are shown as escapes.
@@ -32,19 +32,27 @@ pub(crate) fn visible_line(text: &str) -> String {
     visible(text).replace('\n', "\\n")
 }
 
-/// Control characters but the newline, and marks that turn the direction of writing, end lines or hide.
-/// All of them are below U+10000.
+/// Control characters but the newline, and marks that turn the direction of writing, end lines, or take no
+/// room, so that two texts look like one.
 fn steers(c: char) -> bool {
     (c.is_control() && c != '\n')
         || matches!(
             c,
-            '\u{61c}'
-                | '\u{180e}'
+            '\u{ad}'
+                | '\u{34f}'
+                | '\u{61c}'
+                | '\u{115f}'..='\u{1160}'
+                | '\u{17b4}'..='\u{17b5}'
+                | '\u{180b}'..='\u{180f}'
                 | '\u{200b}'..='\u{200f}'
                 | '\u{2028}'..='\u{202e}'
                 | '\u{2060}'..='\u{206f}'
+                | '\u{3164}'
                 | '\u{feff}'
-                | '\u{fff9}'..='\u{fffb}'
+                | '\u{ffa0}'
+                | '\u{fff0}'..='\u{fffb}'
+                | '\u{1d173}'..='\u{1d17a}'
+                | '\u{e0000}'..='\u{e0fff}'
         )
 }
 
@@ -111,7 +119,7 @@ fn mark_deleted(object: &mut Value, deleted: bool) {
 /// Writes a line and flushes, so that a reader has it before anything else happens. A reader that
 /// went away is no error of ours: the command ends.
 pub(crate) fn line(text: &str) -> Outcome {
-    let mut out = io::stdout().lock();
+    let mut out = Patient(io::stdout().lock());
     match out
         .write_all(text.as_bytes())
         .and_then(|()| out.write_all(b"\n"))
@@ -119,7 +127,34 @@ pub(crate) fn line(text: &str) -> Outcome {
     {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::reader_left()),
-        Err(error) => Err(io_failure("standard output", &error)),
+        Err(error) => Err(Failure::unsaid(&error)),
+    }
+}
+
+/// Waits where the descriptor says that it would have to: others may have set it not to block, for a reader
+/// that is only slow.
+struct Patient<Out>(Out);
+
+impl<Out: Write> Patient<Out> {
+    fn until_ready<T>(&mut self, mut deed: impl FnMut(&mut Out) -> io::Result<T>) -> io::Result<T> {
+        loop {
+            match deed(&mut self.0) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                done => return done,
+            }
+        }
+    }
+}
+
+impl<Out: Write> Write for Patient<Out> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.until_ready(|out| out.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.until_ready(Write::flush)
     }
 }
 
@@ -186,7 +221,9 @@ pub(crate) fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
         if steers(c) {
-            let _ = write!(shown, "\\u{:04x}", u32::from(c));
+            for unit in c.encode_utf16(&mut [0; 2]) {
+                let _ = write!(shown, "\\u{unit:04x}");
+            }
         } else {
             shown.push(c);
         }

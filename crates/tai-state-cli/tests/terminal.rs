@@ -11,13 +11,24 @@ use std::os::unix::ffi::OsStrExt;
 use common::{Ran, Store, run, tool};
 use serde_json::{Value, json};
 
-/// C0 and C1 controls, DEL, escape sequences, and the marks that turn the direction of writing, hide or end
-/// lines.
+/// C0 and C1 controls, DEL, escape sequences, and the marks that turn the direction of writing, take no room or
+/// end lines.
 const HOSTILE: &str = "a\u{1b}]0;owned\u{7}\u{1b}[2J\u{8}\r\u{1}\u{7f}\u{85}\u{9b}31m\u{9d}\u{202a}\u{202b}\u{202c}\u{202d}\u{202e}\
-    \u{2066}\u{2067}\u{2068}\u{2069}\u{200b}\u{200f}\u{2028}\u{2029}\u{2060}\u{61c}\u{feff}\tb\nerror: forged";
+    \u{2066}\u{2067}\u{2068}\u{2069}\u{200b}\u{200f}\u{2028}\u{2029}\u{2060}\u{61c}\u{feff}\u{ad}\u{34f}\u{115f}\u{180b}\u{3164}\u{ffa0}\u{1d173}\u{e0041}\tb\nerror: forged";
 
 fn steers(c: char) -> bool {
     (c.is_control() && !matches!(c, '\n' | '\t'))
+        || matches!(
+            c,
+            '\u{ad}'
+                | '\u{34f}'
+                | '\u{115f}'
+                | '\u{180b}'
+                | '\u{3164}'
+                | '\u{ffa0}'
+                | '\u{1d173}'
+                | '\u{e0041}'
+        )
         || matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 

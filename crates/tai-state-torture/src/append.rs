@@ -70,7 +70,7 @@ pub(crate) async fn run(run: &Run) -> Tally {
     let mut tally = Tally::default();
     let emulator = Engine::emulator(&mut tally, "list-append on the emulator").await;
     let mut least = [0, 0];
-    for (round, mut random) in run.rounds(run.size(1, 3)) {
+    for (round, mut random) in run.rounds(run.size(3, 30)) {
         let seed = random.next();
         let many = if round % 2 == 0 { 8 } else { 16 };
         let traffic = |engine, clients, transactions| Traffic {
@@ -84,14 +84,14 @@ pub(crate) async fn run(run: &Run) -> Tally {
         let is_long = run.tier == Tier::Long;
         let of = |short, long| if is_long { long } else { short };
         let on_a_file = [
-            traffic(Engine::Memory, Clients::Apart, of(1_500, 20_000)),
-            traffic(Engine::File, Clients::Harmed, of(500, 2_000)),
-            traffic(Engine::Memory, Clients::Together, of(800, 4_000)),
+            traffic(Engine::Memory, Clients::Apart, of(600, 20_000)),
+            traffic(Engine::File, Clients::Harmed, of(300, 2_000)),
+            traffic(Engine::Memory, Clients::Together, of(400, 4_000)),
         ];
         let on_the_emulator = emulator.map(|engine| {
             [
-                traffic(engine, Clients::Apart, of(250, 2_000)),
-                traffic(engine, Clients::Harmed, of(120, 500)),
+                traffic(engine, Clients::Apart, of(120, 2_000)),
+                traffic(engine, Clients::Harmed, of(80, 500)),
             ]
         });
         // What waits for the emulator runs beside what waits for the disk.

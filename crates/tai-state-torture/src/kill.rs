@@ -1,5 +1,7 @@
 //! SIGKILL at random moments: what was acknowledged is there, and the store opens and proves.
 
+mod unanswered;
+
 use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
 use std::path::Path;
@@ -30,6 +32,7 @@ pub(crate) fn run(run: &Run) -> Tally {
     tally.at_least("acknowledged transitions", files * CYCLES_ON_A_FILE * LEAST_EACH);
     tally.at_least("kills before there was a file", files / 20);
     control(run, &mut tally);
+    unanswered::asked_again(run, &mut tally);
     tally
 }
 

@@ -87,7 +87,10 @@ pub(crate) async fn run(run: &Run) -> Tally {
                 if round == 0 {
                     let clocks = &wrong_clocks::CLOCKS[..if is_long { 5 } else { 3 }];
                     let engines = &engines;
-                    threads.push(scope.spawn(move || wrong_clocks::wrong(engines, clocks)));
+                    let runtime = &runtime;
+                    threads.push(
+                        scope.spawn(move || wrong_clocks::wrong(engines, clocks, runtime, is_long)),
+                    );
                 }
                 threads
                     .into_iter()
@@ -97,6 +100,7 @@ pub(crate) async fn run(run: &Run) -> Tally {
         });
         parts.into_iter().for_each(|part| tally.add(part));
     }
+    tally.at_least("of older tokens refused outside", engines.len() as u64);
     let runs = rounds * engines.len() as u64;
     tally.at_least("runs with enough writes and somebody late", runs);
     tally.at_least("runs of late writers of whom one was refused", runs);

@@ -140,13 +140,13 @@ pub enum Error {
     },
 
     /// Larger than any backend takes; refused before anything was written.
-    #[error("{what} is too large: {size} bytes, the limit is {limit}")]
+    #[error("{what} is too large: {size}{unit}, the limit is {limit}", unit = unit(what))]
     TooLarge {
         /// What was measured.
         what: String,
-        /// Its size in bytes.
+        /// Its size: bytes, unless `what` begins with "the number of".
         size: u64,
-        /// The limit in bytes.
+        /// The limit, in the same unit.
         limit: u64,
     },
 
@@ -335,6 +335,7 @@ impl Error {
                 "decide these fields by hand, or let FieldMergeResolver::or_last_write decide them"
             }
             Self::StateNotFound { .. } => "list what exists with `tai-state ls`",
+            Self::TooLarge { what, .. } if is_number(what) => "do it in several smaller steps",
             Self::TooLarge { .. } => "keep large data elsewhere and store a reference to it",
             Self::Corrupt { .. } => {
                 "run `tai-state verify` for the whole extent; restore from a backup or an export"
@@ -380,6 +381,14 @@ fn some_of(fields: &[String]) -> String {
         0 => shown.join(", "),
         more => format!("{} and {more} more", shown.join(", ")),
     }
+}
+
+fn is_number(what: &str) -> bool {
+    what.contains("the number of ")
+}
+
+fn unit(what: &str) -> &'static str {
+    if is_number(what) { "" } else { " bytes" }
 }
 
 #[cfg(test)]

@@ -167,12 +167,7 @@ fn plan_counted(
         Wish::Delete | Wish::Purge => return Err(not_found(&request.address)),
     };
     let wanted = to_micros(request.at.unwrap_or(now));
-    if !(1..=9999).contains(&wanted.year()) {
-        return Err(Error::refused(
-            format!("the time of a change to {}", request.address),
-            "it is outside the years 1 to 9999",
-        ));
-    }
+    check_time(wanted, &request.address)?;
     let mut causality = request.based_on.clone();
     if let Some(change) = before {
         causality.merge(&change.causality);
@@ -303,8 +298,20 @@ pub(crate) fn check_input(request: &Request) -> Result<()> {
     if metadata.parent_version.is_some_and(|version| version > MAX_COUNTER) {
         return Err(Error::refused(format!("the parent version of {subject}"), "it is too large"));
     }
+    if let Some(at) = request.at {
+        check_time(to_micros(at), &request.address)?;
+    }
     check_clock(&request.based_on, &request.address)?;
     Ok(())
+}
+
+/// RFC 3339 has years of four digits, and no backend keeps the year 0.
+fn check_time(time: DateTime<Utc>, address: &Address) -> Result<()> {
+    if (1..=9999).contains(&time.year()) {
+        return Ok(());
+    }
+    let subject = format!("the time of a change to {address}");
+    Err(Error::refused(subject, "it is outside the years 1 to 9999"))
 }
 
 /// # Errors

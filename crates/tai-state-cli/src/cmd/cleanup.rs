@@ -63,9 +63,10 @@ pub(crate) async fn run(global: &Global, args: &Cleanup) -> Outcome {
     for problem in &report.problems {
         text.push_str(&format!("\nnot cleaned up: {problem}"));
     }
-    output::object(global.output, &json!(report), &text)?;
+    // The exit code says what was found, whether or not anybody read the rest.
+    let shown = output::object(global.output, &json!(report), &text);
     if report.problems.is_empty() {
-        return Ok(());
+        return shown;
     }
     let message = format!("{} states are damaged and were passed over", report.problems.len());
     Err(Failure::new(exit::INTEGRITY, "corrupt", message)

@@ -41,7 +41,11 @@ pub(crate) async fn run(global: &Global, args: &Demo) -> Outcome {
     };
     let place = url(&there)?;
     let say = |text: &str| {
-        if global.output == crate::args::Format::Table { output::line(text) } else { Ok(()) }
+        if global.output == crate::args::Format::Table {
+            output::line(&output::visible(text))
+        } else {
+            Ok(())
+        }
     };
 
     say(&format!("1. A child process moves 128 machines with 32 tasks, in {place}"))?;

@@ -1,6 +1,7 @@
 //! `export`: write the whole log as JSON Lines, in canonical order.
 
-use std::io::{BufWriter, ErrorKind, IsTerminal, Write};
+use std::fs::File;
+use std::io::{BufWriter, ErrorKind, IsTerminal, Read, Write};
 use std::path::Path;
 
 use flate2::Compression;
@@ -9,8 +10,11 @@ use serde_json::json;
 use tai_state::{ExportSummary, StateStore};
 
 use crate::args::{Export, Format, Global};
-use crate::failure::{Failure, Outcome, io};
+use crate::failure::{Failure, Outcome, exit, io};
 use crate::output;
+
+/// How every SQLite database begins, and so every store that is a file.
+const MAGIC: &[u8] = b"SQLite format 3\0";
 
 pub(crate) async fn run(global: &Global, store: &StateStore, args: &Export) -> Outcome {
     let governor = args.governor.as_deref();
@@ -97,7 +101,8 @@ impl Write for Noting {
     }
 }
 
-/// The file appears under its name when it is complete and synced.
+/// A file appears under its name when it is complete and synced. What is no file, such as a pipe, is written
+/// to; and a store is not overwritten by what is exported from it or from another.
 async fn to_file(
     store: &StateStore,
     governor: Option<&str>,
@@ -105,12 +110,43 @@ async fn to_file(
     count: impl FnMut(u64) + Send,
 ) -> Outcome<ExportSummary> {
     let failed = |error: std::io::Error| io(&path.display().to_string(), &error);
-    let parent = match path.parent() {
+    let target = match path.metadata() {
+        Ok(there) if there.is_file() => {
+            refuse_store(path)?;
+            // What a link leads to is replaced, not the link.
+            path.canonicalize().map_err(failed)?
+        }
+        Ok(there) if there.is_dir() => {
+            return Err(failed(ErrorKind::IsADirectory.into()));
+        }
+        Ok(_) => {
+            let mut there = std::fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
+            return written(store, governor, path, &mut there, count).await;
+        }
+        Err(_) => path.to_path_buf(),
+    };
+    let parent = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
     let file = tempfile::NamedTempFile::new_in(parent).map_err(failed)?;
-    let mut out = BufWriter::new(file);
+    let mut file = file;
+    let summary = written(store, governor, path, &mut file, count).await?;
+    file.as_file().sync_all().map_err(failed)?;
+    file.persist(target).map_err(|error| failed(error.error))?;
+    Ok(summary)
+}
+
+/// Writes all of it, packed if the name says so.
+async fn written(
+    store: &StateStore,
+    governor: Option<&str>,
+    path: &Path,
+    out: &mut (impl Write + Send),
+    count: impl FnMut(u64) + Send,
+) -> Outcome<ExportSummary> {
+    let failed = |error: std::io::Error| io(&path.display().to_string(), &error);
+    let mut out = BufWriter::new(out);
     let summary = if path.extension().is_some_and(|extension| extension == "gz") {
         let mut packed = GzEncoder::new(&mut out, Compression::default());
         let summary = store.export(governor, &mut packed, count).await?;
@@ -119,10 +155,30 @@ async fn to_file(
     } else {
         store.export(governor, &mut out, count).await?
     };
-    let file = out.into_inner().map_err(|error| failed(error.into_error()))?;
-    file.as_file().sync_all().map_err(failed)?;
-    file.persist(path).map_err(|error| failed(error.error))?;
+    out.flush().map_err(failed)?;
     Ok(summary)
+}
+
+/// No export has the names or the beginning of a store's files; whoever names one has mistaken a name.
+fn refuse_store(path: &Path) -> Outcome {
+    let failed = |error: std::io::Error| io(&path.display().to_string(), &error);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let mut is_part = ["-wal", "-shm"].iter().any(|end| {
+        let of = name.strip_suffix(end).map(|of| path.with_file_name(of));
+        of.is_some_and(|of| begins_like_a_store(&of).unwrap_or(false))
+    });
+    is_part |= begins_like_a_store(path).map_err(failed)?;
+    if is_part {
+        let message = format!("{}: a store stands there, and would be lost", path.display());
+        return Err(Failure::new(exit::CONFLICT, "exists", message).hint("give another name"));
+    }
+    Ok(())
+}
+
+fn begins_like_a_store(path: &Path) -> std::io::Result<bool> {
+    let mut first = Vec::new();
+    File::open(path)?.take(MAGIC.len() as u64).read_to_end(&mut first)?;
+    Ok(first == MAGIC)
 }
 
 #[cfg(test)]

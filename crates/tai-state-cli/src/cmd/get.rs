@@ -45,7 +45,14 @@ async fn newest(store: &StateStore, governor: &str, state: &str) -> Outcome<Stat
         Some(record) => {
             let (version, when) = (record.snapshot.version, time(&record.snapshot.timestamp));
             let message = format!("{governor}/{state} was deleted with v{version} at {when}");
-            Err(not_found(message).hint(format!("its past is still there: --at v{}", version - 1)))
+            let failure = not_found(message);
+            // Unless it was purged, or cleaned up, or a log that began elsewhere begins with this.
+            let before = version.checked_sub(1).filter(|before| *before > 0);
+            let Some(before) = before else { return Err(failure) };
+            match store.state_at_version(governor, state, before).await {
+                Ok(_) => Err(failure.hint(format!("its past is still there: --at v{before}"))),
+                Err(_) => Err(failure),
+            }
         }
         None => Err(not_found(format!("no state {governor}/{state}"))
             .hint("list what exists with `tai-state ls`")),

@@ -2,6 +2,10 @@
 //!
 //! One thread reads and checks lines; many tasks write, each state always by the same task, so that
 //! the transitions of one state keep their order and the engine has a group to commit.
+//!
+//! What is there already is passed over. Where the beginning of a state's history was removed, nobody can
+//! tell whether a line from then was there: it is passed over too, and counted apart, since written on top
+//! it would make the past the newest version.
 
 use std::collections::hash_map::{DefaultHasher, Entry};
 use std::collections::{HashMap, HashSet};
@@ -10,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use chrono::{DateTime, Utc};
 use serde_json::json;
 use tai_state::{
     ChangeMetadata, Error, NewTransition, StateMachinePersister, StateStore, TransitionLine,
@@ -41,6 +46,7 @@ struct Item {
 struct Counts {
     applied: AtomicU64,
     known: AtomicU64,
+    older: AtomicU64,
     states: AtomicU64,
     failed: AtomicBool,
 }
@@ -92,8 +98,10 @@ pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
     bar.finish_and_clear();
     let applied = counts.applied.load(Ordering::Relaxed);
     let known = counts.known.load(Ordering::Relaxed);
+    let older = counts.older.load(Ordering::Relaxed);
     let say = |failure: Failure| {
         let failure = failure.with("applied", applied).with("already_there", known);
+        let failure = failure.with("older_than_history", older);
         match failure.exit {
             exit::UNAVAILABLE if applied > 0 => failure
                 .with_exit(exit::PART_WAY)
@@ -109,10 +117,16 @@ pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
     read.map_err(say)?;
     let states = counts.states.load(Ordering::Relaxed);
     let object = json!({
-        "lines": applied + known, "applied": applied, "already_there": known, "states": states,
+        "lines": applied + known + older, "applied": applied, "already_there": known,
+        "older_than_history": older, "states": states,
     });
-    let text =
+    let mut text =
         format!("{applied} transitions of {states} states taken in, {known} were there already");
+    if older > 0 {
+        text.push_str(&format!(
+            ", {older} are older than the history that was kept and were passed over"
+        ));
+    }
     if args.acks {
         eprintln!("{object}");
         return Ok(());
@@ -120,7 +134,7 @@ pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
     output::object(global.output, &object, &text)
 }
 
-/// Where lines come from: the named file, or a copy of standard input.
+/// Where lines come from: the named file, or a copy of what can be read only once.
 enum Source {
     Named(PathBuf),
     Copied(tempfile::NamedTempFile),
@@ -138,13 +152,21 @@ impl Source {
 /// Reads everything and refuses all if one line is wrong, the deletion of a state that never was
 /// included.
 async fn checked(global: &Global, path: &Path) -> Outcome<Source> {
-    let source = if path.as_os_str() == "-" {
-        let failed = |error: std::io::Error| io("standard input", &error);
-        let mut copy = tempfile::NamedTempFile::new().map_err(failed)?;
-        std::io::copy(&mut std::io::stdin(), &mut copy).map_err(failed)?;
-        Source::Copied(copy)
-    } else {
+    let is_stdin = path.as_os_str() == "-";
+    let name = if is_stdin { "standard input".to_owned() } else { path.display().to_string() };
+    let failed = |error: std::io::Error| io(&name, &error);
+    let source = if !is_stdin && path.metadata().map_err(failed)?.is_file() {
         Source::Named(path.to_path_buf())
+    } else {
+        // A pipe gives its bytes once, and they are read twice.
+        let mut copy = tempfile::NamedTempFile::new().map_err(failed)?;
+        if is_stdin {
+            std::io::copy(&mut std::io::stdin(), &mut copy).map_err(failed)?;
+        } else {
+            let mut once = std::fs::File::open(path).map_err(failed)?;
+            std::io::copy(&mut once, &mut copy).map_err(failed)?;
+        }
+        Source::Copied(copy)
     };
     let mut lines = Lines::open(source.path())?;
     let refuse = |failure: Failure| failure.hint("nothing was taken in (--strict)");
@@ -247,6 +269,9 @@ struct Known {
     ids: HashMap<String, u64>,
     /// Versions that a line was found for.
     met: HashSet<u64>,
+    /// The time of the first event that was kept, where earlier ones were removed. Times never fall in a log,
+    /// so what was removed is not later.
+    kept_since: Option<DateTime<Utc>>,
 }
 
 impl Known {
@@ -294,6 +319,10 @@ impl Worker {
                 self.counts.known.fetch_add(1, Ordering::Relaxed);
                 return Ok(());
             }
+            if known.kept_since.is_some_and(|since| line.timestamp <= since) {
+                self.counts.older.fetch_add(1, Ordering::Relaxed);
+                return Ok(());
+            }
             let transition =
                 transition(&line).at(line.timestamp).with_id(&identity).expecting(known.version);
             match self.persister.append(transition).await {
@@ -332,7 +361,8 @@ fn transition(line: &TransitionLine) -> NewTransition {
 
 /// What the store has of a line's state already.
 async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
-    let mut known = Known { version: 0, ids: HashMap::new(), met: HashSet::new() };
+    let mut known =
+        Known { version: 0, ids: HashMap::new(), met: HashSet::new(), kept_since: None };
     let mut equal: HashMap<String, u64> = HashMap::new();
     let mut history = match store.history(&line.governor_id, &line.state_id, ..).await {
         Ok(history) => history,
@@ -342,6 +372,10 @@ async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
     loop {
         let page = history.next_page().await?;
         let Some(last) = page.last() else { return Ok(known) };
+        let first = page.first().filter(|event| known.version == 0 && event.version() > 1);
+        if let Some(first) = first {
+            known.kept_since = Some(first.timestamp);
+        }
         known.version = last.version();
         for event in page {
             let line = TransitionLine::from(&event);

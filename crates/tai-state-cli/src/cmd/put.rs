@@ -30,11 +30,8 @@ pub(crate) async fn run(global: &Global, args: &Put) -> Outcome {
     let object = json!({
         "governor_id": governor, "state_id": state, "version": event.version(), "hash": event.hash,
     });
-    output::object(
-        global.output,
-        &object,
-        &format!("{governor}/{state} is at v{}", event.version()),
-    )
+    let text = format!("{governor}/{state} is at v{}", event.version());
+    output::object(global.output, &object, &text).map_err(|failure| failure.though(&text))
 }
 
 fn read(args: &Put) -> Outcome<(String, String)> {

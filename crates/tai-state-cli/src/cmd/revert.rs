@@ -17,4 +17,5 @@ pub(crate) async fn run(global: &Global, args: &Revert) -> Outcome {
     let repeated = event.metadata.context.get("reverted_to").cloned().unwrap_or_default();
     let text = format!("{governor}/{state} is v{}, as it was at v{repeated}", event.version());
     output::object(global.output, &event_json(&event), &text)
+        .map_err(|failure| failure.though(&text))
 }

@@ -15,9 +15,6 @@ pub(crate) async fn run(global: &Global, args: &Rm) -> Outcome {
     let version = store.delete_state(governor, state, args.expect, why).await?;
     let object =
         json!({"governor_id": governor, "state_id": state, "version": version, "deleted": true});
-    output::object(
-        global.output,
-        &object,
-        &format!("{governor}/{state} was deleted with v{version}"),
-    )
+    let text = format!("{governor}/{state} was deleted with v{version}");
+    output::object(global.output, &object, &text).map_err(|failure| failure.though(&text))
 }

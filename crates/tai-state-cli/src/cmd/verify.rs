@@ -18,9 +18,10 @@ pub(crate) async fn run(global: &Global, store: &StateStore, args: &Verify) -> O
     let counts = [report.states, report.events, report.snapshots];
     let hash = format!("content hash {}\n", report.content_hash);
     let text = hash + &findings(counts, report.leftovers, &report.problems);
-    output::object(global.output, &json!(report), &text)?;
+    // The exit code says what was found, whether or not anybody read the rest.
+    let shown = output::object(global.output, &json!(report), &text);
     if report.ok {
-        return Ok(());
+        return shown;
     }
     let message = format!("{} problems in {}", report.problems.len(), store.location());
     Err(Failure::new(exit::INTEGRITY, "corrupt", message)

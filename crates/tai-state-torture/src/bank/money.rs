@@ -114,6 +114,8 @@ async fn one_by_one(store: &StateStore) -> Result<(), Error> {
     judged(&balances)
 }
 
+/// Of a slow auditor beside a clean-up that keeps a few versions.
+const TRIMMED: &str = "audits whose log was cleaned up under them";
 const MISCOUNTED: &str = "the audit: ";
 
 fn judged(balances: &[i64]) -> Result<(), Error> {
@@ -133,6 +135,8 @@ pub(crate) struct Counts {
     unknown: AtomicU64,
     pub(crate) audits: AtomicU64,
     replays: AtomicU64,
+    /// Audits of which a clean-up has taken the events before they were read.
+    trimmed: AtomicU64,
     one_by_one: AtomicU64,
     one_by_one_wrong: AtomicU64,
     wrong: std::sync::Mutex<Vec<String>>,
@@ -151,6 +155,7 @@ impl Counts {
                 add(kind);
             }
             Err(error) if error.is_transient() => add(&self.given_up),
+            Err(Error::HistoryTrimmed { .. }) => add(&self.trimmed),
             Err(error) => self.wrong.lock().unwrap().push(error.to_string()),
         }
     }
@@ -217,7 +222,10 @@ async fn moved(what: &str, seconds: u64, handles: Vec<StateStore>, mut random: R
     let open = opened(&handles, &mut random);
     tokio::time::sleep(Duration::from_secs(seconds)).await;
     open.is_over();
-    open.ended(what).await
+    let mut tally = open.ended(what).await;
+    let trimmed = tally.counted(&format!("{TRIMMED} on {what}"));
+    tally.holds(trimmed == 0, || format!("{what}: history is gone, and nobody cleans up"));
+    tally
 }
 
 impl Open {
@@ -265,6 +273,7 @@ impl Open {
             ("given up", &counts.given_up),
             ("audits", &counts.audits),
             ("audits by snapshot and replay", &counts.replays),
+            (TRIMMED, &counts.trimmed),
         ] {
             tally.count(&format!("{name} on {what}"), is(count));
         }

@@ -29,6 +29,8 @@ done
 
 /// Reads, thinks, and writes one more. Only the fence stands between it and a lost update: it expects no
 /// version. Half of them hear no SIGTERM, so that `locks run` cannot keep them from writing too late.
+/// Before that it does something outside of the store, to what keeps the newest token that it has seen and
+/// takes no older one.
 const SECTION: &str = r#"
 [ "$IS_DEAF" = 0 ] || trap '' TERM
 fence=()
@@ -36,6 +38,16 @@ fence=()
 value=$("$BINARY" -o json get --raw g/counter) || exit 20
 echo "read $TAI_LOCK_TOKEN $value"
 sleep "$((PAUSE / 1000)).$(printf %03d $((PAUSE % 1000)))"
+exec 8>>"$RESOURCE"
+flock 8
+newest=$(tail -n 1 "$RESOURCE")
+if [ "${newest:-0}" -lt "$TAI_LOCK_TOKEN" ]; then
+    echo "$TAI_LOCK_TOKEN" >&8
+    echo "outside $TAI_LOCK_TOKEN 1"
+else
+    echo "outside $TAI_LOCK_TOKEN 0"
+fi
+exec 8>&-
 echo "try $TAI_LOCK_TOKEN $((value + 1))"
 if error=$("$BINARY" -o json put g/counter --data $((value + 1)) "${fence[@]}" \
     --reason "token=$TAI_LOCK_TOKEN" 2>&1); then
@@ -67,6 +79,8 @@ enum Said {
     /// Under this token the counter was read.
     Read(u64),
     Try(u64),
+    /// Whether what is outside of the store took it.
+    Outside(u64, bool),
     /// Under this token this value was written: the exit code was 0.
     Done(u64, u64),
     Refused(u64, Value),
@@ -86,6 +100,7 @@ fn said(line: Option<&str>) -> Said {
     match word {
         "read" => Said::Read(number(token)),
         "try" => Said::Try(number(token)),
+        "outside" => Said::Outside(number(token), number(rest) == 1),
         "done" => Said::Done(number(token), number(rest)),
         "refused" => Said::Refused(number(token), serde_json::from_str(rest).unwrap()),
         "ended" => Said::Ended(token.parse().unwrap()),
@@ -117,6 +132,7 @@ impl<'a> Clients<'a> {
             .map(|client| {
                 let mut command = super::bash(CLIENT);
                 command.env("BINARY", tool::path()).env("TAI_STATE_URL", &store.url).env("GO", &go);
+                command.env("RESOURCE", store.path("resource"));
                 command.env("SECTION", SECTION).env("SEED", random.below(32_768).to_string());
                 command.env("LEASE", format!("{}ms", traffic.lease.as_millis()));
                 command.env("LONGEST", traffic.longest.as_millis().to_string());
@@ -203,6 +219,9 @@ struct Outcome {
     unknown: HashSet<u64>,
     /// Writes that were refused since the lock was lost.
     refused: HashSet<u64>,
+    /// Tokens that were older than what the resource outside had seen.
+    too_old_outside: HashSet<u64>,
+    taken_outside: usize,
     /// How often `locks run` lost the lock.
     losses: usize,
     sections: usize,
@@ -224,8 +243,9 @@ impl Outcome {
             .collect();
         let counter = store.json(&["get", "g/counter", "--raw"]).ok().json().as_u64().unwrap();
         let (mut done, mut losses, mut sections) = (Vec::new(), 0, 0);
-        let (mut tokens, mut unknown, mut refused) =
-            (HashSet::new(), HashSet::new(), HashSet::new());
+        let (mut tokens, mut unknown, mut refused, mut too_old_outside) =
+            (HashSet::new(), HashSet::new(), HashSet::new(), HashSet::new());
+        let mut taken_outside = 0;
         for (client, said) in &log {
             match said {
                 Said::Read(token) => {
@@ -233,6 +253,8 @@ impl Outcome {
                     sections += 1;
                 }
                 Said::Try(token) => drop(unknown.insert(*token)),
+                Said::Outside(_, true) => taken_outside += 1,
+                Said::Outside(token, false) => drop(too_old_outside.insert(*token)),
                 Said::Done(token, value) => {
                     unknown.remove(token);
                     done.push((*token, *value));
@@ -260,7 +282,18 @@ impl Outcome {
             assert!(is_known, "nobody wrote {value} under token {token}");
         }
         store.verified();
-        Self { written, counter, done, unknown, refused, losses, sections, stops }
+        Self {
+            written,
+            counter,
+            done,
+            unknown,
+            refused,
+            too_old_outside,
+            taken_outside,
+            losses,
+            sections,
+            stops,
+        }
     }
 
     /// Updates that are not in the counter, though they were written.
@@ -305,6 +338,13 @@ impl Outcome {
         tally.holds(self.falls() == 0, || {
             format!("{what}: written under an older token: {:?}", self.written)
         });
+        // Both sides of the fence agree: a newer holder had been there.
+        let outside = self.done.iter().find(|(token, _)| self.too_old_outside.contains(token));
+        tally.holds(outside.is_none(), || {
+            format!("{what}: {outside:?} was too old for a resource outside, and was written")
+        });
+        tally.count("deeds outside of the store under a token", self.taken_outside as u64);
+        tally.count("of older tokens refused outside", self.too_old_outside.len() as u64);
         tally.count("sections under a lock", self.sections as u64);
         tally.count("holders stopped", self.stops as u64);
         tally.count("locks lost while stopped", self.losses as u64);

@@ -1,5 +1,5 @@
-//! Clients whose wall clocks are an hour late or early change nothing: no lock is taken from who holds
-//! it, and none is kept for longer than its lease.
+//! Clients whose wall clocks are an hour late or early, or jump, change nothing, nor does a service whose
+//! clock is wrong: no lock is taken from who holds it, and none is kept for longer than its lease.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,8 +7,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
+use tai_state::testing::emulator::{Emulator, Place};
+use tokio::runtime::Handle;
 
-use super::tree::Tree;
+use super::tree::{PATIENCE, Tree};
 use super::{fence, show};
 use crate::engine::{Engine, Store};
 use crate::run::Tally;
@@ -41,6 +43,21 @@ fn elsewhen(clock: &str, program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
+/// A program whose time of day is what a file says, from the moment on at which it says so.
+fn jumping(clock: &Path, program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = elsewhen("+0", program);
+    command.env_remove("FAKETIME");
+    command.env("FAKETIME_TIMESTAMP_FILE", clock).env("FAKETIME_NO_CACHE", "1");
+    command
+}
+
+/// Whole, so that nobody reads half of it.
+fn set(clock: &Path, to: &str) {
+    let new = clock.with_extension("new");
+    std::fs::write(&new, to).unwrap();
+    std::fs::rename(new, clock).unwrap();
+}
+
 /// The binary with another time of day.
 fn at(clock: &str, store: &Store, args: &[&str]) -> Command {
     let mut command = elsewhen(clock, tool::path());
@@ -70,9 +87,14 @@ fn asked(clock: &str, store: &Store, args: &[&str]) -> Ran {
 
 /// One who wants the lock, and waits for so long.
 fn wants(clock: &str, store: &Store, wait: &str) -> Tree {
-    let (ttl, client) = (format!("{}ms", LEASE.as_millis()), format!("--client={clock}"));
-    let args = ["locks", "run", "r", "--ttl", &ttl, "--wait", wait, &client];
-    Tree::start(at(clock, store, &[&args[..], &["--", "bash", "-c", HOLD]].concat()))
+    asks(elsewhen(clock, tool::path()), clock, store, wait)
+}
+
+fn asks(mut binary: Command, client: &str, store: &Store, wait: &str) -> Tree {
+    let (ttl, client) = (format!("{}ms", LEASE.as_millis()), format!("--client={client}"));
+    binary.args(["-o", "json", "-u", &store.url, "locks", "run", "r", "--ttl", &ttl]);
+    binary.args(["--wait", wait, &client, "--", "bash", "-c", HOLD]);
+    Tree::start(binary)
 }
 
 /// Its token, and the process that renews it, once it has the lock.
@@ -95,7 +117,12 @@ fn can_be_faked() -> bool {
 }
 
 /// On each engine at the same time, one holder after the other with each of these clocks.
-pub(crate) fn wrong(engines: &[Engine], clocks: &'static [&'static str]) -> Tally {
+pub(crate) fn wrong(
+    engines: &[Engine],
+    clocks: &'static [&'static str],
+    runtime: &Handle,
+    is_long: bool,
+) -> Tally {
     let mut tally = Tally::default();
     if !can_be_faked() {
         tally.skip(
@@ -105,8 +132,14 @@ pub(crate) fn wrong(engines: &[Engine], clocks: &'static [&'static str]) -> Tall
     }
     tidy();
     std::thread::scope(|scope| {
-        let parts = engines.iter().map(|engine| scope.spawn(|| holders(*engine, clocks)));
-        let parts: Vec<_> = parts.collect();
+        let mut parts = Vec::new();
+        for engine in engines {
+            parts.push(scope.spawn(|| holders(*engine, clocks)));
+            parts.push(scope.spawn(|| while_clocks_jump(*engine)));
+        }
+        if is_long && engines.iter().any(|engine| matches!(engine, Engine::Emulator(_))) {
+            parts.push(scope.spawn(|| service_ahead(runtime)));
+        }
         parts.into_iter().for_each(|part| tally.add(part.join().unwrap()));
     });
     tidy();
@@ -182,5 +215,103 @@ fn holders(engine: Engine, clocks: &'static [&'static str]) -> Tally {
     }
     assert_eq!(holder.ended().exit, Some(0));
     store.verified();
+    tally
+}
+
+/// The clocks of the holder and of who waits jump by ten minutes, each the other way, for three leases and
+/// when the holder is killed.
+fn while_clocks_jump(engine: Engine) -> Tally {
+    const JUMPS: u32 = 6;
+    let mut tally = Tally::default();
+    let store = engine.store();
+    let (mine, theirs) = (store.path("mine"), store.path("theirs"));
+    let jump = |n: u32| {
+        let both = if n.is_multiple_of(2) { ["+600", "-600"] } else { ["-600", "+600"] };
+        set(&mine, both[0]);
+        set(&theirs, both[1]);
+    };
+    set(&mine, "+0");
+    set(&theirs, "+0");
+    let holder = asks(jumping(&mine, tool::path()), "mine", &store, "0s");
+    let (token, renews) = granted(&holder);
+    let next = asks(jumping(&theirs, tool::path()), "theirs", &store, "1m");
+    let mut writer = store.command(&["-o", "json", "txn"]);
+    // With a clock that jumps too: what it writes says so.
+    writer.env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+    for (name, value) in jumping(&mine, "true").get_envs() {
+        if let Some(value) = value {
+            writer.env(name, value);
+        }
+    }
+    let mut writer = Tree::start(writer);
+    let mut writes = |n: u32| {
+        let line = json!({"ops": [{"op": "put", "state": "g/jumps", "data": n}]});
+        let input = writer.input.as_mut().unwrap();
+        std::io::Write::write_all(input, format!("{line}\n").as_bytes()).unwrap();
+        assert!(writer.next().is_some_and(|answer| answer.contains("\"ok\":true")));
+    };
+    writes(JUMPS);
+    for n in 0..JUMPS {
+        jump(n);
+        // Half of a lease goes by: that is the point of it.
+        std::thread::sleep(LEASE / 2);
+        writes(n);
+        let shown = show(&store, "r");
+        tally.holds(shown["status"] == "held" && shown["fencing_token"] == token, || {
+            format!("{}: after jump {n}: {shown}", engine.name())
+        });
+        let put = ["put", "g/s", "--data", "1", "--fence", &fence("r", token)];
+        let put = store.json(&put);
+        tally.holds(put.exit == 0, || format!("{}: after jump {n}: {put:?}", engine.name()));
+        tally.count("jumps of ten or twenty minutes", 1);
+    }
+    assert_eq!(writer.ended().exit, Some(0));
+    // The clock of a process that runs did jump, or nothing was shown.
+    let history = store.run(&["-o", "jsonl", "history", "g/jumps"]).ok().lines();
+    let time = |event: &serde_json::Value| {
+        chrono::DateTime::parse_from_rfc3339(event["timestamp"].as_str().unwrap()).unwrap()
+    };
+    let steps = history.windows(2).map(|pair| (time(&pair[1]) - time(&pair[0])).num_minutes());
+    tally.count(
+        "of them seen in the times of a log",
+        steps.filter(|minutes| minutes.abs() >= 9).count() as u64,
+    );
+    kill_process(renews, Signal::KILL).unwrap();
+    let from = Instant::now();
+    jump(JUMPS);
+    let (next_token, _) = granted(&next);
+    let after = from.elapsed();
+    println!("  {}: killed while clocks jump, {after:?} later the next one had it", engine.name());
+    tally.highest("ms the longest from such a kill to the next grant", after.as_millis() as u64);
+    assert_eq!(next_token, token + 1);
+    assert!((LEFT_AT_LEAST..LEASE + Duration::from_secs(5)).contains(&after), "{after:?}");
+    holder.ended();
+    assert_eq!(next.ended().exit, Some(0));
+    store.verified();
+    tally
+}
+
+/// An emulator whose clock is ten minutes ahead of everybody's.
+fn service_ahead(runtime: &Handle) -> Tally {
+    let mut tally = Tally::default();
+    let Some(jar) = Emulator::find_jar() else {
+        tally.skip("a service whose clock is wrong: there is no emulator that can be started");
+        return tally;
+    };
+    let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
+    let port = free.unwrap().port();
+    let mut java = elsewhen("+600", "java");
+    java.arg("-Duser.language=en").args(["-Xmx1g", "-cp"]).arg(jar);
+    java.arg("com.google.cloud.datastore.emulator.firestore.CloudFirestore");
+    java.args(["start", "--host=127.0.0.1", &format!("--port={port}")]);
+    let _service = Tree::start(java);
+    let address: &'static str = format!("127.0.0.1:{port}").leak();
+    let started = Instant::now();
+    // Its start is slow behind such a clock.
+    while let Err(error) = runtime.block_on(Emulator::start(Place::Running(address.to_owned()))) {
+        assert!(started.elapsed() < 3 * PATIENCE, "the emulator does not start: {error}");
+    }
+    tally.count("services ten minutes ahead", 1);
+    tally.add(holders(Engine::Emulator(address), &["+0", "-1h"]));
     tally
 }
