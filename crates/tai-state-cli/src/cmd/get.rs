@@ -49,7 +49,7 @@ async fn newest(store: &StateStore, governor: &str, state: &str) -> Outcome<Stat
             // Unless it was purged, or cleaned up, or a log that began elsewhere begins with this.
             let before = version.checked_sub(1).filter(|before| *before > 0);
             let Some(before) = before else { return Err(failure) };
-            match store.state_at_version(governor, state, before).await {
+            match store.record_at_version(governor, state, before).await {
                 Ok(_) => Err(failure.hint(format!("its past is still there: --at v{before}"))),
                 Err(_) => Err(failure),
             }
