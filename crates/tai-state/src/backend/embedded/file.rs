@@ -21,11 +21,14 @@ const BUSY_DEADLINE: Duration = Duration::from_secs(30);
 const BUSY_WAIT: Duration = Duration::from_millis(4);
 
 /// What stands in `meta`.
-mod meta {
-    pub(super) const STORE: &str = "store";
+pub(super) mod meta {
+    pub(in super::super) const STORE: &str = "store";
     pub(super) const INCARNATION: &str = "incarnation";
     pub(super) const FORMAT: &str = "format";
     pub(super) const REVISION: &str = "revision";
+    /// The mark of the newest commit and that of the one before it, by which a log is told from that
+    /// of another file.
+    pub(in super::super) const COMMIT: &str = "commit";
     pub(super) const GOVERNORS: &str = "governors";
     pub(super) const MOVED_TO: &str = "moved_to";
     /// A check over the texts of the schema.
@@ -33,6 +36,9 @@ mod meta {
     /// The same with the root pages, which only a VACUUM moves.
     pub(super) const ROOTS: &str = "roots";
 }
+
+/// Stands for the mark of a commit before the first.
+const NO_COMMIT: &str = "-";
 
 /// What opening gives.
 pub(crate) struct Opened {
@@ -68,7 +74,14 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
     if let Some(reason) = super::log::damage(&log).map_err(|error| failing(&location, &error))? {
         return Err(damaged(&location, &reason));
     }
+    let stranger =
+        super::lineage::stranger(&held, &log).map_err(|error| failing(&location, &error))?;
+    if let Some(reason) = stranger {
+        return Err(not_its_log(&path, &location, &reason));
+    }
     let mut conn = connect(&path).map_err(|error| opening(&location, error.into()))?;
+    // What is refused is not touched: closing would fold the log in and remove it.
+    super::writer::keep_log(&conn, true);
     let identity = prove(&conn, &location).map_err(|error| match error {
         ProofError::Rows(error) => opening(&location, error),
         ProofError::Final(error) => error,
@@ -85,14 +98,16 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
             Err(error) if super::writer::is_harmless(&error) => {
                 tracing::debug!(%error, location, "the log stays for now");
             }
+            // What is damaged is no failure of the disk.
+            Err(error) if is_damage(&error) => return Err(opening(&location, error.into())),
             // A sync failed: what a second one would report as safe may be gone already.
             Err(error) => {
-                super::writer::keep_log(&conn);
                 let reason = format!("its log could not be folded into the file: {error}");
                 return Err(Error::Storage { location, reason });
             }
         }
     }
+    super::writer::keep_log(&conn, false);
     // SQLite syncs the folder of a new log too, but passes over a failure: a power cut would then take
     // the log away, and acknowledged changes with it.
     sync_folder(&path).map_err(|error| failing(&location, &error))?;
@@ -292,6 +307,7 @@ fn build(path: &Path) -> Rows<()> {
         (meta::INCARNATION, "1".to_owned()),
         (meta::FORMAT, FORMAT.to_string()),
         (meta::REVISION, "0".to_owned()),
+        (meta::COMMIT, format!("{} {NO_COMMIT}", random_id())),
         (meta::GOVERNORS, "0".to_owned()),
         (meta::TABLES, tables.to_string()),
         (meta::ROOTS, roots.to_string()),
@@ -405,6 +421,20 @@ pub(crate) fn set_revision(conn: &Connection, revision: u64) -> Rows<()> {
     set(conn, meta::REVISION, &revision.to_string())
 }
 
+/// Gives the commit that is being made its mark.
+pub(crate) fn mark_commit(conn: &Connection) -> Rows<()> {
+    // Files of earlier builds have none.
+    let noted = text(conn, meta::COMMIT)?.unwrap_or_default();
+    let before = noted.split(' ').next().filter(|mark| !mark.is_empty()).unwrap_or(NO_COMMIT);
+    let value = format!("{} {before}", random_id());
+    conn.prepare_cached(
+        "INSERT INTO meta (name, value, crc) VALUES (?1, ?2, ?3)
+         ON CONFLICT (name) DO UPDATE SET value = ?2, crc = ?3",
+    )?
+    .execute(params![meta::COMMIT, value, row_crc(&[&meta::COMMIT, &value])])?;
+    Ok(())
+}
+
 /// How many governors there are.
 pub(crate) fn governors(conn: &Connection) -> Rows<u64> {
     number(conn, meta::GOVERNORS)
@@ -432,6 +462,23 @@ fn not_a_store(location: &str, reason: &str) -> Error {
 
 fn damaged(location: &str, reason: &str) -> Error {
     Error::corrupt(format!("the file {location}"), reason)
+}
+
+/// A log that was left beside another file. Nothing was touched.
+fn not_its_log(path: &Path, location: &str, reason: &str) -> Error {
+    let (log, shared) = (sidecar(path, "-wal"), sidecar(path, "-shm"));
+    let (log, shared) = (log.display(), shared.display());
+    let reason = format!(
+        "the write-ahead log {log} beside it is not its own: {reason}. Put back the file that the log belongs \
+         to, with its changes in it; or, if this is a backup that was restored, remove {log} and {shared}"
+    );
+    damaged(location, &reason)
+}
+
+/// Whether SQLite says that what it reads is not as it was written.
+fn is_damage(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
 }
 
 fn opening(location: &str, error: RowError) -> Error {

@@ -48,17 +48,26 @@ impl Held {
 
     /// The first 100 bytes, fewer if the file is shorter.
     pub(crate) fn header(&self) -> io::Result<Vec<u8>> {
-        let mut header = vec![0; 100];
+        self.bytes(0, 100)
+    }
+
+    /// A page of the file alone, whatever its log says; less if the file is shorter.
+    pub(crate) fn page(&self, number: u32) -> io::Result<Vec<u8>> {
+        self.bytes(u64::from(number.saturating_sub(1)) * 4096, 4096)
+    }
+
+    fn bytes(&self, from: u64, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
         let mut read = 0;
-        while let Some(rest) = header.get_mut(read..).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) = bytes.get_mut(read..).filter(|rest| !rest.is_empty()) {
             let Some(file) = &self.file else { break };
-            match read_at(file, rest, read as u64)? {
+            match read_at(file, rest, from + read as u64)? {
                 0 => break,
                 more => read += more,
             }
         }
-        header.truncate(read);
-        Ok(header)
+        bytes.truncate(read);
+        Ok(bytes)
     }
 
     /// Whether the file under this path is still the one that is held.

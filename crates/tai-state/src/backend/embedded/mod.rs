@@ -5,7 +5,8 @@
 //! | `file.rs` | create, recognise and open the file |
 //! | `tables.rs` | its tables, and the check that every row carries |
 //! | `held.rs` | the one descriptor of the file in this process |
-//! | `log.rs` | tell a damaged write-ahead log from a torn end |
+//! | `log.rs` | read a write-ahead log, tell damage from a torn end |
+//! | `lineage.rs` | tell whether a log belongs to its file |
 //! | `rows.rs` | read documents and prove them |
 //! | `find.rs` | answer queries |
 //! | `writer.rs` | the one thread that writes |
@@ -17,6 +18,7 @@
 mod file;
 mod find;
 mod held;
+mod lineage;
 mod log;
 mod rows;
 mod tables;
@@ -202,7 +204,7 @@ impl Pool {
 
     fn discard(&self, conn: &Connection) {
         if self.failed.load(Ordering::Acquire) {
-            writer::keep_log(conn);
+            writer::keep_log(conn, true);
         }
     }
 

@@ -8,7 +8,7 @@ use super::*;
 use crate::backend::{Body, Precondition, Rung, Write};
 use crate::{ChangeMetadata, Error, StateSnapshot, StateStore, StoreOptions};
 
-fn put(name: &str) -> Write {
+pub(super) fn put(name: &str) -> Write {
     let key = Key {
         governor: Name::escape("g", "id").unwrap(),
         kind: Kind::States,
@@ -18,7 +18,7 @@ fn put(name: &str) -> Write {
     Write::put(key, Body::new(&json!({"n": 1})).unwrap(), Precondition::Any)
 }
 
-async fn open(path: &Path) -> crate::Result<EmbeddedBackend> {
+pub(super) async fn open(path: &Path) -> crate::Result<EmbeddedBackend> {
     EmbeddedBackend::open(path, true, false).await
 }
 

@@ -96,8 +96,8 @@ impl<E: Into<RowError>> From<E> for GroupError {
 }
 
 /// After a failed sync the log must not be folded in and removed when the last connection closes.
-pub(crate) fn keep_log(conn: &Connection) {
-    let _ = conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
+pub(crate) fn keep_log(conn: &Connection, keep: bool) {
+    let _ = conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep);
 }
 
 fn data_version(conn: &Connection) -> rusqlite::Result<i64> {
@@ -150,7 +150,7 @@ impl Writer {
             }
         }
         if self.failed.load(Ordering::Acquire) {
-            keep_log(&self.conn);
+            keep_log(&self.conn, true);
         }
     }
 
@@ -234,6 +234,7 @@ impl Writer {
             return Ok(answers);
         }
         file::set_revision(conn, step.revision)?;
+        file::mark_commit(conn)?;
         conn.prepare_cached("COMMIT")?.execute([]).map_err(GroupError::Commit)?;
         self.commits.fetch_add(1, Ordering::Relaxed);
         Ok(answers)
