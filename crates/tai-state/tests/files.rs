@@ -142,6 +142,72 @@ async fn a_file_that_goes_away_takes_no_writes() {
     }
 }
 
+/// The same for its log, whose name alone may go. What was acknowledged is saved where it can be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_goes_away_takes_no_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    for how in ["removed", "removed with the shared memory", "replaced"] {
+        let path = folder.path().join(format!("{how}.tai"));
+        let beside = |suffix: &str| folder.path().join(format!("{how}.tai{suffix}"));
+        let store = StateStore::open(&path).await.unwrap();
+        store.save_state("g", "s", counter(1), why()).await.unwrap();
+        if how == "replaced" {
+            fs::copy(beside("-wal"), beside("-copy")).unwrap();
+            fs::rename(beside("-copy"), beside("-wal")).unwrap();
+        } else {
+            fs::remove_file(beside("-wal")).unwrap();
+        }
+        if how.contains("with") {
+            fs::remove_file(beside("-shm")).unwrap();
+        }
+        for _ in 0..2 {
+            let refused = store.save_state("g", "s", counter(2), why()).await.unwrap_err();
+            assert_eq!(refused.code(), "storage_failed", "{how}: {refused}");
+        }
+        // What is still seen there may be lost.
+        assert_eq!(store.get_state("g", "s").await.unwrap_err().code(), "storage_failed", "{how}");
+        drop(store);
+        let store = StateStore::open(&path).await.unwrap();
+        assert_eq!(store.get_state("g", "s").await.unwrap().1, 1, "{how}");
+        assert!(store.verify(|_| {}).await.unwrap().ok, "{how}");
+    }
+}
+
+/// A log that goes away in the middle of a commit: the change is not acknowledged, and nothing that is
+/// seen in that log settles it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_goes_away_in_a_commit_acknowledges_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut unknown = 0;
+    for round in 0..40 {
+        let path = folder.path().join(format!("{round}.tai"));
+        let log = folder.path().join(format!("{round}.tai-wal"));
+        let mut options = StoreOptions::default();
+        options.retry.max_attempts = 1 + round % 2;
+        let store = StateStore::open_with(&path, options).await.unwrap();
+        store.save_state("g", "s", counter(1), why()).await.unwrap();
+        let before = fs::metadata(&log).unwrap().len();
+        // As soon as something of the next commit is written.
+        let removing = std::thread::spawn(move || {
+            while fs::metadata(&log).unwrap().len() == before {
+                std::hint::spin_loop();
+            }
+            fs::remove_file(&log).unwrap();
+        });
+        let told = store.save_state("g", "s", counter(2), why()).await;
+        removing.join().unwrap();
+        drop(store);
+        // Where it came after the answer, there is nothing to be seen.
+        unknown += u32::from(told.is_err_and(|error| error.code() == "outcome_unknown"));
+        let store = StateStore::open(&path).await.unwrap();
+        assert_eq!(store.get_state("g", "s").await.unwrap().1, 2);
+        if unknown == 4 {
+            return;
+        }
+    }
+    panic!("the log went away in the middle of {unknown} commits only");
+}
+
 /// POSIX takes a process's locks away when it closes any descriptor of the file: opening a store a
 /// second time and closing it again must leave the first one's in place.
 #[cfg(target_os = "linux")]

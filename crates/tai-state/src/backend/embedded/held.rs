@@ -12,15 +12,23 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Which file it is: device and number.
-type Id = (u64, u64);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct FileId(u64, u64);
+
+impl FileId {
+    /// Of the file under this path, if there is one.
+    pub(crate) fn at(path: &Path) -> Option<Self> {
+        path.metadata().ok().map(|found| id_of(&found))
+    }
+}
 
 /// The files that are open in this process.
-static OPEN: Mutex<Option<HashMap<Id, Arc<File>>>> = Mutex::new(None);
+static OPEN: Mutex<Option<HashMap<FileId, Arc<File>>>> = Mutex::new(None);
 
 /// A share of the one descriptor of a file. Drop it after the last connection.
 #[derive(Debug)]
 pub(crate) struct Held {
-    id: Id,
+    id: FileId,
     /// `None` only while it is being dropped.
     file: Option<Arc<File>>,
 }
@@ -72,7 +80,7 @@ impl Held {
 
     /// Whether the file under this path is still the one that is held.
     pub(crate) fn is_at(&self, path: &Path) -> bool {
-        !cfg!(unix) || path.metadata().is_ok_and(|found| id_of(&found) == self.id)
+        !cfg!(unix) || FileId::at(path) == Some(self.id)
     }
 }
 
@@ -92,9 +100,9 @@ impl Drop for Held {
 }
 
 #[cfg(unix)]
-fn id_of(found: &Metadata) -> Id {
+fn id_of(found: &Metadata) -> FileId {
     use std::os::unix::fs::MetadataExt;
-    (found.dev(), found.ino())
+    FileId(found.dev(), found.ino())
 }
 
 /// How many names (hard links) the file has.
@@ -111,8 +119,8 @@ fn read_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
 // Elsewhere locks belong to a handle, and closing another takes none away; a file that is open cannot
 // be removed or replaced.
 #[cfg(not(unix))]
-fn id_of(_: &Metadata) -> Id {
-    (0, 0)
+fn id_of(_: &Metadata) -> FileId {
+    FileId(0, 0)
 }
 
 #[cfg(not(unix))]
