@@ -4,6 +4,8 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
@@ -12,7 +14,7 @@ use super::held::{Held, names_of};
 use super::rows::{RowError, Rows, corrupt};
 use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc, schema_checks};
 use crate::backend::Identity;
-use crate::clock::{jitter, random_id};
+use crate::clock::{Stopwatch, jitter, random_id};
 use crate::error::{Error, Result};
 
 /// While another process holds the write lock, this long; then the write is reported as not done.
@@ -111,7 +113,7 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
     // SQLite syncs the folder of a new log too, but passes over a failure: a power cut would then take
     // the log away, and acknowledged changes with it.
     sync_folder(&path).map_err(|error| failing(&location, &error))?;
-    wait_for_others(&mut conn).map_err(|error| opening(&location, error.into()))?;
+    wait_for_others(&mut conn, Arc::default()).map_err(|error| opening(&location, error.into()))?;
     Ok(Opened { conn, identity, path, held })
 }
 
@@ -120,7 +122,7 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     // Not a URI, no creation, and never two threads on one connection.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut conn = Connection::open_with_flags(path, flags)?;
-    wait_for_others(&mut conn)?;
+    wait_for_others(&mut conn, Arc::default())?;
     for (pragma, value) in [
         // A commit returns only after the log is synced.
         ("synchronous", "FULL"),
@@ -142,19 +144,25 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Ok(conn)
 }
 
-/// While another process writes, this one waits, with jitter, for as long as `BUSY_DEADLINE`.
-fn wait_for_others(conn: &mut Connection) -> rusqlite::Result<()> {
-    let mut waited = Duration::ZERO;
+/// While another process writes, this one waits, with jitter, for as long as `BUSY_DEADLINE`, or until
+/// the handle is being closed.
+pub(super) fn wait_for_others(
+    conn: &mut Connection,
+    closing: Arc<AtomicBool>,
+) -> rusqlite::Result<()> {
+    let mut since = Stopwatch::start();
     conn.busy_handler(Some(move |before: i32| {
         if before == 0 {
-            waited = Duration::ZERO;
+            since = Stopwatch::start();
         }
-        let wait = jitter(BUSY_WAIT);
-        waited += wait;
+        // By the clock: on a busy machine a sleep takes longer than it was asked to.
+        if closing.load(Ordering::Acquire) || since.elapsed() >= BUSY_DEADLINE {
+            return false;
+        }
         // SQLite asks on the engine's own thread; another process cannot notify it.
         #[allow(clippy::disallowed_methods)]
-        std::thread::sleep(wait);
-        waited < BUSY_DEADLINE
+        std::thread::sleep(jitter(BUSY_WAIT));
+        true
     }))
 }
 

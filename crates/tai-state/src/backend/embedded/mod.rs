@@ -156,6 +156,8 @@ impl Drop for EmbeddedBackend {
     fn drop(&mut self) {
         // The writer's connection closes last: it is the one that may fold the log into the file.
         self.pool.close();
+        // Nobody can wait for an answer any more: what has not begun never will.
+        self.pool.place.closing.store(true, Ordering::Release);
         drop(self.requests.take());
         if let Some(writer) = self.writer.take() {
             let _ = writer.join();

@@ -110,6 +110,9 @@ impl Writer {
         if let Err(error) = conn.wal_hook(Some(hook)) {
             tracing::error!(%error, "the log's size cannot be watched");
         }
+        if let Err(error) = file::wait_for_others(&mut conn, Arc::clone(&place.closing)) {
+            tracing::error!(%error, "closing may have to wait for other processes");
+        }
         let data_version = data_version(&conn).ok();
         Self {
             conn,
@@ -171,7 +174,12 @@ impl Writer {
         self.data_version = found;
     }
 
-    fn commit(&mut self, group: Vec<Request>) {
+    fn commit(&mut self, mut group: Vec<Request>) {
+        // Whose caller has gone away is not begun: another process may have kept it waiting for long.
+        group.retain(|request| !request.answer.is_closed());
+        if group.is_empty() {
+            return;
+        }
         // What is written to a file or a log without a name is lost when it is closed.
         self.look_at_the_names();
         if self.place.has_failed() {
