@@ -392,6 +392,36 @@ async fn fill(disk: &Path) {
     assert!(store.verify(|_| {}).await.unwrap().ok);
 }
 
+/// What a container gets that a single file is mounted into.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_mounted_by_itself_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for name in ["here", "there", "whole"] {
+        fs::create_dir(at(name)).unwrap();
+    }
+    store_at(&at("here/a.tai")).await;
+    fs::write(at("there/a.tai"), b"").unwrap();
+    let bind = |from: &str, to: &str| {
+        let mount = Command::new("mount").arg("--bind").args([at(from), at(to)]).output();
+        mount.is_ok_and(|output| output.status.success())
+    };
+    let (file, whole) = (bind("here/a.tai", "there/a.tai"), bind("here", "whole"));
+    if !file || !whole {
+        let line = b"\nSKIPPED: a_file_that_is_mounted_by_itself needs to mount, which is not allowed here\n";
+        std::io::Write::write_all(&mut std::io::stderr(), line).unwrap();
+    }
+    let codes = [code_of(&at("there/a.tai")).await, code_of(&at("whole/a.tai")).await];
+    for name in ["there/a.tai", "whole"] {
+        let _ = Command::new("umount").arg(at(name)).status();
+    }
+    if file && whole {
+        assert_eq!(codes, ["not_a_store", "ok"]);
+    }
+    assert_eq!(code_of(&at("here/a.tai")).await, "ok");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn cloud_run_is_refused_unless_told_otherwise() {
     const INNER: &str = "K_SERVICE";

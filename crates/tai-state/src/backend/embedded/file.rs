@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
-use super::held::{Held, names_of};
+use super::held::{Held, is_mounted_alone, names_of};
 use super::rows::{RowError, Rows, corrupt};
 use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc, schema_checks};
 use crate::backend::Identity;
@@ -195,6 +195,13 @@ fn recognise(path: &Path, location: &str) -> Result<Held> {
         return Err(not_a_store(
             location,
             "it has more than one name (hard links): each name would get a log of its own; make a copy",
+        ));
+    }
+    if is_mounted_alone(path) {
+        return Err(not_a_store(
+            location,
+            "the file is mounted by itself: its log would be in another folder than that of whoever uses \
+             the file where it is; mount its folder",
         ));
     }
     let held = Held::open(path, &found).map_err(|error| io_error(location, &error))?;

@@ -111,6 +111,27 @@ pub(crate) fn names_of(found: &Metadata) -> u64 {
     std::os::unix::fs::MetadataExt::nlink(found)
 }
 
+/// Whether it is the file that is mounted, and not a folder that it is in: a second name for it.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_mounted_alone(path: &Path) -> bool {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    // `None` where the system cannot tell (before Linux 5.8).
+    let mount = |path: &Path| {
+        let found = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok()?;
+        let is_told = found.stx_mask & StatxFlags::MNT_ID.bits() != 0;
+        is_told.then_some(found.stx_mnt_id)
+    };
+    match (mount(path), path.parent().and_then(mount)) {
+        (Some(file), Some(folder)) => file != folder,
+        _ => false,
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn is_mounted_alone(_: &Path) -> bool {
+    false
+}
+
 #[cfg(unix)]
 fn read_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
     std::os::unix::fs::FileExt::read_at(file, into, offset)

@@ -328,6 +328,7 @@ fn copy(error: &BackendError) -> BackendError {
         BackendError::Corrupt { location, reason } => {
             BackendError::Corrupt { location: location.clone(), reason: reason.clone() }
         }
+        BackendError::Failed(reason) => BackendError::Failed(reason.clone()),
         other => BackendError::Failed(other.to_string()),
     }
 }
