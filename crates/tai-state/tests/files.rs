@@ -422,6 +422,85 @@ async fn a_file_that_is_mounted_by_itself_is_refused() {
     assert_eq!(code_of(&at("here/a.tai")).await, "ok");
 }
 
+/// SQLite would play it back over the file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_journal_is_refused_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = (folder.path().join("a.tai"), folder.path().join("a.tai-journal"));
+    let older = store_at(&path).await;
+    let store = StateStore::open(&path).await.unwrap();
+    store.save_state("g", "s", counter(2), why()).await.unwrap();
+    drop(store);
+    let newer = fs::read(&path).unwrap();
+    fs::write(&journal, rollback_to(&older)).unwrap();
+    assert_eq!(code_of(&path).await, "corrupt");
+    assert!(fs::read(&path).unwrap() == newer && journal.exists());
+    // Empty ones are left behind by some settings of other programs.
+    fs::write(&journal, b"").unwrap();
+    assert_eq!(StateStore::open(&path).await.unwrap().get_state("g", "s").await.unwrap().1, 2);
+}
+
+/// A journal that SQLite takes for that of a commit that was cut short:
+/// <https://www.sqlite.org/fileformat2.html#the_rollback_journal>.
+fn rollback_to(file: &[u8]) -> Vec<u8> {
+    let pages = u32::try_from(file.len() / 4096).unwrap();
+    let nonce = 12_345u32;
+    let mut journal = vec![0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
+    for word in [pages, nonce, pages, 512, 4096] {
+        journal.extend(word.to_be_bytes());
+    }
+    journal.resize(512, 0);
+    for (number, page) in (1u32..).zip(file.chunks(4096)) {
+        // Every two hundredth byte from the end, the first page's beginning left out.
+        let sum = (1..=20).fold(nonce, |sum, n| sum.wrapping_add(u32::from(page[4096 - n * 200])));
+        journal.extend(number.to_be_bytes());
+        journal.extend(page);
+        journal.extend(sum.to_be_bytes());
+    }
+    journal
+}
+
+/// A process that has too many files open is told so, wherever it is met.
+#[test]
+fn too_many_open_files() {
+    const INNER: &str = "TAI_STATE_TEST_FEW_FILES";
+    if let Some(path) = std::env::var_os(INNER) {
+        return with_few_files(Path::new(&path));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    tokio::runtime::Runtime::new().unwrap().block_on(store_at(&path));
+    let mut again = Command::new("sh");
+    again.args(["-c", "ulimit -n 64; exec \"$0\" --exact too_many_open_files --nocapture"]);
+    again.arg(std::env::current_exe().unwrap()).env(INNER, &path);
+    let output = again.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    assert!(text.contains("told 3 times at least"), "{text}");
+}
+
+fn with_few_files(path: &Path) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (mut told, mut opened) = (0, 0);
+    for spare in 0..8 {
+        let mut taken: Vec<fs::File> =
+            std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
+        taken.truncate(taken.len() - spare);
+        match runtime.block_on(StateStore::open(path)) {
+            Ok(_) => opened += 1,
+            Err(error) => {
+                drop(taken);
+                let text = error.to_string();
+                assert_eq!(error.code(), "storage_failed", "{spare} to spare: {text}");
+                assert!(text.contains("Too many open files"), "{spare} to spare: {text}");
+                told += 1;
+            }
+        }
+    }
+    assert!(told >= 3 && opened >= 1, "{told} told, {opened} opened");
+    println!("told 3 times at least");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn cloud_run_is_refused_unless_told_otherwise() {
     const INNER: &str = "K_SERVICE";

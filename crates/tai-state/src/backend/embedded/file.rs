@@ -11,6 +11,7 @@ use std::time::Duration;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
 use super::held::{Held, is_mounted_alone, names_of};
+use super::refusal::{damaged, failing, io_error, is_damage, not_a_store, not_its_log, opening};
 use super::rows::{RowError, Rows, corrupt};
 use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc, schema_checks};
 use crate::backend::Identity;
@@ -71,6 +72,7 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
         Err(error) => return Err(io_error(&location, &error)),
     }
     let path = fs::canonicalize(path).map_err(|error| io_error(&location, &error))?;
+    refuse_a_journal(&path, &location)?;
     let held = recognise(&path, &location)?;
     let log = sidecar(&path, "-wal");
     if let Some(reason) = super::log::damage(&log).map_err(|error| failing(&location, &error))? {
@@ -176,6 +178,20 @@ fn sync_folder(file: &Path) -> io::Result<()> {
         InvalidInput | Unsupported | PermissionDenied => Ok(()),
         _ => Err(error),
     })
+}
+
+/// A store has a write-ahead log and never a rollback journal, which SQLite would play back over the file.
+fn refuse_a_journal(path: &Path, location: &str) -> Result<()> {
+    let journal = sidecar(path, "-journal");
+    if journal.symlink_metadata().is_ok_and(|found| found.len() > 0) {
+        let reason = format!(
+            "there is a rollback journal beside it, which a store never has: nothing was played back; \
+             move {} away",
+            journal.display()
+        );
+        return Err(damaged(location, &reason));
+    }
+    Ok(())
 }
 
 /// Looks at the header before SQLite does: what is refused here is refused with its reason, and is
@@ -469,70 +485,6 @@ pub(crate) fn sidecar(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
-}
-
-fn not_a_store(location: &str, reason: &str) -> Error {
-    Error::NotAStore { location: location.to_owned(), reason: reason.to_owned() }
-}
-
-fn damaged(location: &str, reason: &str) -> Error {
-    Error::corrupt(format!("the file {location}"), reason)
-}
-
-/// A log that was left beside another file. Nothing was touched.
-fn not_its_log(path: &Path, location: &str, reason: &str) -> Error {
-    let (log, shared) = (sidecar(path, "-wal"), sidecar(path, "-shm"));
-    let (log, shared) = (log.display(), shared.display());
-    let reason = format!(
-        "the write-ahead log {log} beside it is not its own: {reason}. Put back the file that the log belongs \
-         to, with its changes in it; or, if this is a backup that was restored, remove {log} and {shared}"
-    );
-    damaged(location, &reason)
-}
-
-/// Whether SQLite says that what it reads is not as it was written.
-fn is_damage(error: &rusqlite::Error) -> bool {
-    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
-    matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
-}
-
-fn opening(location: &str, error: RowError) -> Error {
-    use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
-    if let RowError::Sqlite(error) = &error
-        && !super::is_full(error)
-    {
-        let (location, reason) = (location.to_owned(), error.to_string());
-        match error.sqlite_error_code() {
-            // The file itself could be opened, so it is the folder: its log cannot be made.
-            Some(CannotOpen) => {
-                let reason = format!("{reason}: may files be made in its folder?");
-                return Error::PermissionDenied { location, reason };
-            }
-            Some(SystemIoFailure) => return Error::Storage { location, reason },
-            _ => {}
-        }
-    }
-    crate::reader::lift(super::port_error(error, location), location)
-}
-
-fn io_error(location: &str, error: &io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            Error::PermissionDenied { location: location.to_owned(), reason: error.to_string() }
-        }
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            Error::StorageFull { location: location.to_owned() }
-        }
-        _ => not_a_store(location, &error.to_string()),
-    }
-}
-
-/// As [`io_error`], for a file or folder that is there: what else happens is the disk's fault.
-fn failing(location: &str, error: &io::Error) -> Error {
-    match io_error(location, error) {
-        Error::NotAStore { location, reason } => Error::Storage { location, reason },
-        typed => typed,
-    }
 }
 
 /// Writes what a newer program would, for the test that it is refused.

@@ -3,6 +3,7 @@
 //! | file | job |
 //! |---|---|
 //! | `file.rs` | create, recognise and open the file |
+//! | `refusal.rs` | what a file that cannot be opened is refused as |
 //! | `tables.rs` | its tables, and the check that every row carries |
 //! | `held.rs` | the one descriptor of the file in this process |
 //! | `log.rs` | read a write-ahead log, tell damage from a torn end |
@@ -22,6 +23,7 @@ mod held;
 mod lineage;
 mod log;
 mod place;
+mod refusal;
 mod rows;
 mod tables;
 #[cfg(test)]
@@ -277,9 +279,10 @@ fn port_error(error: RowError, location: &str) -> BackendError {
         Some(ErrorCode::TooBig) => {
             BackendError::TooLarge { what: "a document".into(), size: 0, limit: 1_000_000_000 }
         }
+        // What the disk does not give now it does not give a moment later.
+        Some(ErrorCode::SystemIoFailure) => BackendError::Failed(error.to_string()),
         Some(
-            ErrorCode::SystemIoFailure
-            | ErrorCode::OutOfMemory
+            ErrorCode::OutOfMemory
             | ErrorCode::OperationInterrupted
             | ErrorCode::OperationAborted
             | ErrorCode::FileLockingProtocolFailed

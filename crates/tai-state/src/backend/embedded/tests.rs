@@ -299,3 +299,16 @@ async fn what_nobody_waits_for_is_not_begun() {
     let names = backend.names(&put("a").key.governor, Kind::States, None, 100).await.unwrap();
     assert_eq!(names, [put("first").key.name, put("last").key.name]);
 }
+
+/// What the disk does not give is its failure, and not something to be asked for again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_cannot_be_read_is_a_failure_of_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    backend.commit(vec![put("a")]).await.unwrap();
+    let log = std::fs::File::options().write(true).open(file::sidecar(&path, "-wal")).unwrap();
+    log.set_len(0).unwrap();
+    let told = backend.get(&[put("a").key]).await.unwrap_err();
+    assert!(matches!(told, BackendError::Failed(_)), "{told}");
+}
