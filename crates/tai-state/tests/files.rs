@@ -142,6 +142,72 @@ async fn a_file_that_goes_away_takes_no_writes() {
     }
 }
 
+/// The same for its log, whose name alone may go. What was acknowledged is saved where it can be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_goes_away_takes_no_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    for how in ["removed", "removed with the shared memory", "replaced"] {
+        let path = folder.path().join(format!("{how}.tai"));
+        let beside = |suffix: &str| folder.path().join(format!("{how}.tai{suffix}"));
+        let store = StateStore::open(&path).await.unwrap();
+        store.save_state("g", "s", counter(1), why()).await.unwrap();
+        if how == "replaced" {
+            fs::copy(beside("-wal"), beside("-copy")).unwrap();
+            fs::rename(beside("-copy"), beside("-wal")).unwrap();
+        } else {
+            fs::remove_file(beside("-wal")).unwrap();
+        }
+        if how.contains("with") {
+            fs::remove_file(beside("-shm")).unwrap();
+        }
+        for _ in 0..2 {
+            let refused = store.save_state("g", "s", counter(2), why()).await.unwrap_err();
+            assert_eq!(refused.code(), "storage_failed", "{how}: {refused}");
+        }
+        // What is still seen there may be lost.
+        assert_eq!(store.get_state("g", "s").await.unwrap_err().code(), "storage_failed", "{how}");
+        drop(store);
+        let store = StateStore::open(&path).await.unwrap();
+        assert_eq!(store.get_state("g", "s").await.unwrap().1, 1, "{how}");
+        assert!(store.verify(|_| {}).await.unwrap().ok, "{how}");
+    }
+}
+
+/// A log that goes away in the middle of a commit: the change is not acknowledged, and nothing that is
+/// seen in that log settles it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_goes_away_in_a_commit_acknowledges_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut unknown = 0;
+    for round in 0..40 {
+        let path = folder.path().join(format!("{round}.tai"));
+        let log = folder.path().join(format!("{round}.tai-wal"));
+        let mut options = StoreOptions::default();
+        options.retry.max_attempts = 1 + round % 2;
+        let store = StateStore::open_with(&path, options).await.unwrap();
+        store.save_state("g", "s", counter(1), why()).await.unwrap();
+        let before = fs::metadata(&log).unwrap().len();
+        // As soon as something of the next commit is written.
+        let removing = std::thread::spawn(move || {
+            while fs::metadata(&log).unwrap().len() == before {
+                std::hint::spin_loop();
+            }
+            fs::remove_file(&log).unwrap();
+        });
+        let told = store.save_state("g", "s", counter(2), why()).await;
+        removing.join().unwrap();
+        drop(store);
+        // Where it came after the answer, there is nothing to be seen.
+        unknown += u32::from(told.is_err_and(|error| error.code() == "outcome_unknown"));
+        let store = StateStore::open(&path).await.unwrap();
+        assert_eq!(store.get_state("g", "s").await.unwrap().1, 2);
+        if unknown == 4 {
+            return;
+        }
+    }
+    panic!("the log went away in the middle of {unknown} commits only");
+}
+
 /// POSIX takes a process's locks away when it closes any descriptor of the file: opening a store a
 /// second time and closing it again must leave the first one's in place.
 #[cfg(target_os = "linux")]
@@ -324,6 +390,115 @@ async fn fill(disk: &Path) {
     let store = StateStore::open(&path).await.unwrap();
     assert!(store.get_state("g", "s").await.unwrap().1 >= acknowledged);
     assert!(store.verify(|_| {}).await.unwrap().ok);
+}
+
+/// What a container gets that a single file is mounted into.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_mounted_by_itself_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for name in ["here", "there", "whole"] {
+        fs::create_dir(at(name)).unwrap();
+    }
+    store_at(&at("here/a.tai")).await;
+    fs::write(at("there/a.tai"), b"").unwrap();
+    let bind = |from: &str, to: &str| {
+        let mount = Command::new("mount").arg("--bind").args([at(from), at(to)]).output();
+        mount.is_ok_and(|output| output.status.success())
+    };
+    let (file, whole) = (bind("here/a.tai", "there/a.tai"), bind("here", "whole"));
+    if !file || !whole {
+        let line = b"\nSKIPPED: a_file_that_is_mounted_by_itself needs to mount, which is not allowed here\n";
+        std::io::Write::write_all(&mut std::io::stderr(), line).unwrap();
+    }
+    let codes = [code_of(&at("there/a.tai")).await, code_of(&at("whole/a.tai")).await];
+    for name in ["there/a.tai", "whole"] {
+        let _ = Command::new("umount").arg(at(name)).status();
+    }
+    if file && whole {
+        assert_eq!(codes, ["not_a_store", "ok"]);
+    }
+    assert_eq!(code_of(&at("here/a.tai")).await, "ok");
+}
+
+/// SQLite would play it back over the file.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_journal_is_refused_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, journal) = (folder.path().join("a.tai"), folder.path().join("a.tai-journal"));
+    let older = store_at(&path).await;
+    let store = StateStore::open(&path).await.unwrap();
+    store.save_state("g", "s", counter(2), why()).await.unwrap();
+    drop(store);
+    let newer = fs::read(&path).unwrap();
+    fs::write(&journal, rollback_to(&older)).unwrap();
+    assert_eq!(code_of(&path).await, "corrupt");
+    assert!(fs::read(&path).unwrap() == newer && journal.exists());
+    // Empty ones are left behind by some settings of other programs.
+    fs::write(&journal, b"").unwrap();
+    assert_eq!(StateStore::open(&path).await.unwrap().get_state("g", "s").await.unwrap().1, 2);
+}
+
+/// A journal that SQLite takes for that of a commit that was cut short:
+/// <https://www.sqlite.org/fileformat2.html#the_rollback_journal>.
+fn rollback_to(file: &[u8]) -> Vec<u8> {
+    let pages = u32::try_from(file.len() / 4096).unwrap();
+    let nonce = 12_345u32;
+    let mut journal = vec![0xd9, 0xd5, 0x05, 0xf9, 0x20, 0xa1, 0x63, 0xd7];
+    for word in [pages, nonce, pages, 512, 4096] {
+        journal.extend(word.to_be_bytes());
+    }
+    journal.resize(512, 0);
+    for (number, page) in (1u32..).zip(file.chunks(4096)) {
+        // Every two hundredth byte from the end, the first page's beginning left out.
+        let sum = (1..=20).fold(nonce, |sum, n| sum.wrapping_add(u32::from(page[4096 - n * 200])));
+        journal.extend(number.to_be_bytes());
+        journal.extend(page);
+        journal.extend(sum.to_be_bytes());
+    }
+    journal
+}
+
+/// A process that has too many files open is told so, wherever it is met.
+#[test]
+fn too_many_open_files() {
+    const INNER: &str = "TAI_STATE_TEST_FEW_FILES";
+    if let Some(path) = std::env::var_os(INNER) {
+        return with_few_files(Path::new(&path));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    tokio::runtime::Runtime::new().unwrap().block_on(store_at(&path));
+    let mut again = Command::new("sh");
+    again.args(["-c", "ulimit -n 64; exec \"$0\" --exact too_many_open_files --nocapture"]);
+    again.arg(std::env::current_exe().unwrap()).env(INNER, &path);
+    let output = again.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    assert!(text.contains("told 3 times at least"), "{text}");
+}
+
+fn with_few_files(path: &Path) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (mut told, mut opened) = (0, 0);
+    for spare in 0..8 {
+        let mut taken: Vec<fs::File> =
+            std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
+        taken.truncate(taken.len() - spare);
+        match runtime.block_on(StateStore::open(path)) {
+            Ok(_) => opened += 1,
+            Err(error) => {
+                drop(taken);
+                let text = error.to_string();
+                assert_eq!(error.code(), "storage_failed", "{spare} to spare: {text}");
+                assert!(text.contains("Too many open files"), "{spare} to spare: {text}");
+                told += 1;
+            }
+        }
+    }
+    assert!(told >= 3 && opened >= 1, "{told} told, {opened} opened");
+    println!("told 3 times at least");
 }
 
 #[tokio::test(flavor = "multi_thread")]

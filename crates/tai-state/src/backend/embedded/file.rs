@@ -4,15 +4,18 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
-use super::held::{Held, names_of};
+use super::held::{Held, is_mounted_alone, names_of};
+use super::refusal::{damaged, failing, io_error, is_damage, not_a_store, not_its_log, opening};
 use super::rows::{RowError, Rows, corrupt};
 use super::tables::{APPLICATION_ID, FORMAT, SCHEMA, row_crc, schema_checks};
 use crate::backend::Identity;
-use crate::clock::{jitter, random_id};
+use crate::clock::{Stopwatch, jitter, random_id};
 use crate::error::{Error, Result};
 
 /// While another process holds the write lock, this long; then the write is reported as not done.
@@ -21,11 +24,14 @@ const BUSY_DEADLINE: Duration = Duration::from_secs(30);
 const BUSY_WAIT: Duration = Duration::from_millis(4);
 
 /// What stands in `meta`.
-mod meta {
-    pub(super) const STORE: &str = "store";
+pub(super) mod meta {
+    pub(in super::super) const STORE: &str = "store";
     pub(super) const INCARNATION: &str = "incarnation";
     pub(super) const FORMAT: &str = "format";
     pub(super) const REVISION: &str = "revision";
+    /// The mark of the newest commit and that of the one before it, by which a log is told from that
+    /// of another file.
+    pub(in super::super) const COMMIT: &str = "commit";
     pub(super) const GOVERNORS: &str = "governors";
     pub(super) const MOVED_TO: &str = "moved_to";
     /// A check over the texts of the schema.
@@ -33,6 +39,9 @@ mod meta {
     /// The same with the root pages, which only a VACUUM moves.
     pub(super) const ROOTS: &str = "roots";
 }
+
+/// Stands for the mark of a commit before the first.
+const NO_COMMIT: &str = "-";
 
 /// What opening gives.
 pub(crate) struct Opened {
@@ -63,12 +72,20 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
         Err(error) => return Err(io_error(&location, &error)),
     }
     let path = fs::canonicalize(path).map_err(|error| io_error(&location, &error))?;
+    refuse_a_journal(&path, &location)?;
     let held = recognise(&path, &location)?;
     let log = sidecar(&path, "-wal");
     if let Some(reason) = super::log::damage(&log).map_err(|error| failing(&location, &error))? {
         return Err(damaged(&location, &reason));
     }
+    let stranger =
+        super::lineage::stranger(&held, &log).map_err(|error| failing(&location, &error))?;
+    if let Some(reason) = stranger {
+        return Err(not_its_log(&path, &location, &reason));
+    }
     let mut conn = connect(&path).map_err(|error| opening(&location, error.into()))?;
+    // What is refused is not touched: closing would fold the log in and remove it.
+    super::writer::keep_log(&conn, true);
     let identity = prove(&conn, &location).map_err(|error| match error {
         ProofError::Rows(error) => opening(&location, error),
         ProofError::Final(error) => error,
@@ -85,18 +102,20 @@ pub(crate) fn open(path: &Path, create: bool, allow_ephemeral: bool) -> Result<O
             Err(error) if super::writer::is_harmless(&error) => {
                 tracing::debug!(%error, location, "the log stays for now");
             }
+            // What is damaged is no failure of the disk.
+            Err(error) if is_damage(&error) => return Err(opening(&location, error.into())),
             // A sync failed: what a second one would report as safe may be gone already.
             Err(error) => {
-                super::writer::keep_log(&conn);
                 let reason = format!("its log could not be folded into the file: {error}");
                 return Err(Error::Storage { location, reason });
             }
         }
     }
+    super::writer::keep_log(&conn, false);
     // SQLite syncs the folder of a new log too, but passes over a failure: a power cut would then take
     // the log away, and acknowledged changes with it.
     sync_folder(&path).map_err(|error| failing(&location, &error))?;
-    wait_for_others(&mut conn).map_err(|error| opening(&location, error.into()))?;
+    wait_for_others(&mut conn, Arc::default()).map_err(|error| opening(&location, error.into()))?;
     Ok(Opened { conn, identity, path, held })
 }
 
@@ -105,7 +124,7 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     // Not a URI, no creation, and never two threads on one connection.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut conn = Connection::open_with_flags(path, flags)?;
-    wait_for_others(&mut conn)?;
+    wait_for_others(&mut conn, Arc::default())?;
     for (pragma, value) in [
         // A commit returns only after the log is synced.
         ("synchronous", "FULL"),
@@ -127,19 +146,25 @@ pub(crate) fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Ok(conn)
 }
 
-/// While another process writes, this one waits, with jitter, for as long as `BUSY_DEADLINE`.
-fn wait_for_others(conn: &mut Connection) -> rusqlite::Result<()> {
-    let mut waited = Duration::ZERO;
+/// While another process writes, this one waits, with jitter, for as long as `BUSY_DEADLINE`, or until
+/// the handle is being closed.
+pub(super) fn wait_for_others(
+    conn: &mut Connection,
+    closing: Arc<AtomicBool>,
+) -> rusqlite::Result<()> {
+    let mut since = Stopwatch::start();
     conn.busy_handler(Some(move |before: i32| {
         if before == 0 {
-            waited = Duration::ZERO;
+            since = Stopwatch::start();
         }
-        let wait = jitter(BUSY_WAIT);
-        waited += wait;
+        // By the clock: on a busy machine a sleep takes longer than it was asked to.
+        if closing.load(Ordering::Acquire) || since.elapsed() >= BUSY_DEADLINE {
+            return false;
+        }
         // SQLite asks on the engine's own thread; another process cannot notify it.
         #[allow(clippy::disallowed_methods)]
-        std::thread::sleep(wait);
-        waited < BUSY_DEADLINE
+        std::thread::sleep(jitter(BUSY_WAIT));
+        true
     }))
 }
 
@@ -153,6 +178,20 @@ fn sync_folder(file: &Path) -> io::Result<()> {
         InvalidInput | Unsupported | PermissionDenied => Ok(()),
         _ => Err(error),
     })
+}
+
+/// A store has a write-ahead log and never a rollback journal, which SQLite would play back over the file.
+fn refuse_a_journal(path: &Path, location: &str) -> Result<()> {
+    let journal = sidecar(path, "-journal");
+    if journal.symlink_metadata().is_ok_and(|found| found.len() > 0) {
+        let reason = format!(
+            "there is a rollback journal beside it, which a store never has: nothing was played back; \
+             move {} away",
+            journal.display()
+        );
+        return Err(damaged(location, &reason));
+    }
+    Ok(())
 }
 
 /// Looks at the header before SQLite does: what is refused here is refused with its reason, and is
@@ -172,6 +211,13 @@ fn recognise(path: &Path, location: &str) -> Result<Held> {
         return Err(not_a_store(
             location,
             "it has more than one name (hard links): each name would get a log of its own; make a copy",
+        ));
+    }
+    if is_mounted_alone(path) {
+        return Err(not_a_store(
+            location,
+            "the file is mounted by itself: its log would be in another folder than that of whoever uses \
+             the file where it is; mount its folder",
         ));
     }
     let held = Held::open(path, &found).map_err(|error| io_error(location, &error))?;
@@ -292,6 +338,7 @@ fn build(path: &Path) -> Rows<()> {
         (meta::INCARNATION, "1".to_owned()),
         (meta::FORMAT, FORMAT.to_string()),
         (meta::REVISION, "0".to_owned()),
+        (meta::COMMIT, format!("{} {NO_COMMIT}", random_id())),
         (meta::GOVERNORS, "0".to_owned()),
         (meta::TABLES, tables.to_string()),
         (meta::ROOTS, roots.to_string()),
@@ -405,6 +452,20 @@ pub(crate) fn set_revision(conn: &Connection, revision: u64) -> Rows<()> {
     set(conn, meta::REVISION, &revision.to_string())
 }
 
+/// Gives the commit that is being made its mark.
+pub(crate) fn mark_commit(conn: &Connection) -> Rows<()> {
+    // Files of earlier builds have none.
+    let noted = text(conn, meta::COMMIT)?.unwrap_or_default();
+    let before = noted.split(' ').next().filter(|mark| !mark.is_empty()).unwrap_or(NO_COMMIT);
+    let value = format!("{} {before}", random_id());
+    conn.prepare_cached(
+        "INSERT INTO meta (name, value, crc) VALUES (?1, ?2, ?3)
+         ON CONFLICT (name) DO UPDATE SET value = ?2, crc = ?3",
+    )?
+    .execute(params![meta::COMMIT, value, row_crc(&[&meta::COMMIT, &value])])?;
+    Ok(())
+}
+
 /// How many governors there are.
 pub(crate) fn governors(conn: &Connection) -> Rows<u64> {
     number(conn, meta::GOVERNORS)
@@ -424,53 +485,6 @@ pub(crate) fn sidecar(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
-}
-
-fn not_a_store(location: &str, reason: &str) -> Error {
-    Error::NotAStore { location: location.to_owned(), reason: reason.to_owned() }
-}
-
-fn damaged(location: &str, reason: &str) -> Error {
-    Error::corrupt(format!("the file {location}"), reason)
-}
-
-fn opening(location: &str, error: RowError) -> Error {
-    use rusqlite::ErrorCode::{CannotOpen, SystemIoFailure};
-    if let RowError::Sqlite(error) = &error
-        && !super::is_full(error)
-    {
-        let (location, reason) = (location.to_owned(), error.to_string());
-        match error.sqlite_error_code() {
-            // The file itself could be opened, so it is the folder: its log cannot be made.
-            Some(CannotOpen) => {
-                let reason = format!("{reason}: may files be made in its folder?");
-                return Error::PermissionDenied { location, reason };
-            }
-            Some(SystemIoFailure) => return Error::Storage { location, reason },
-            _ => {}
-        }
-    }
-    crate::reader::lift(super::port_error(error, location), location)
-}
-
-fn io_error(location: &str, error: &io::Error) -> Error {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            Error::PermissionDenied { location: location.to_owned(), reason: error.to_string() }
-        }
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            Error::StorageFull { location: location.to_owned() }
-        }
-        _ => not_a_store(location, &error.to_string()),
-    }
-}
-
-/// As [`io_error`], for a file or folder that is there: what else happens is the disk's fault.
-fn failing(location: &str, error: &io::Error) -> Error {
-    match io_error(location, error) {
-        Error::NotAStore { location, reason } => Error::Storage { location, reason },
-        typed => typed,
-    }
 }
 
 /// Writes what a newer program would, for the test that it is refused.

@@ -12,15 +12,23 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Which file it is: device and number.
-type Id = (u64, u64);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct FileId(u64, u64);
+
+impl FileId {
+    /// Of the file under this path, if there is one.
+    pub(crate) fn at(path: &Path) -> Option<Self> {
+        path.metadata().ok().map(|found| id_of(&found))
+    }
+}
 
 /// The files that are open in this process.
-static OPEN: Mutex<Option<HashMap<Id, Arc<File>>>> = Mutex::new(None);
+static OPEN: Mutex<Option<HashMap<FileId, Arc<File>>>> = Mutex::new(None);
 
 /// A share of the one descriptor of a file. Drop it after the last connection.
 #[derive(Debug)]
 pub(crate) struct Held {
-    id: Id,
+    id: FileId,
     /// `None` only while it is being dropped.
     file: Option<Arc<File>>,
 }
@@ -48,22 +56,31 @@ impl Held {
 
     /// The first 100 bytes, fewer if the file is shorter.
     pub(crate) fn header(&self) -> io::Result<Vec<u8>> {
-        let mut header = vec![0; 100];
+        self.bytes(0, 100)
+    }
+
+    /// A page of the file alone, whatever its log says; less if the file is shorter.
+    pub(crate) fn page(&self, number: u32) -> io::Result<Vec<u8>> {
+        self.bytes(u64::from(number.saturating_sub(1)) * 4096, 4096)
+    }
+
+    fn bytes(&self, from: u64, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
         let mut read = 0;
-        while let Some(rest) = header.get_mut(read..).filter(|rest| !rest.is_empty()) {
+        while let Some(rest) = bytes.get_mut(read..).filter(|rest| !rest.is_empty()) {
             let Some(file) = &self.file else { break };
-            match read_at(file, rest, read as u64)? {
+            match read_at(file, rest, from + read as u64)? {
                 0 => break,
                 more => read += more,
             }
         }
-        header.truncate(read);
-        Ok(header)
+        bytes.truncate(read);
+        Ok(bytes)
     }
 
     /// Whether the file under this path is still the one that is held.
     pub(crate) fn is_at(&self, path: &Path) -> bool {
-        !cfg!(unix) || path.metadata().is_ok_and(|found| id_of(&found) == self.id)
+        !cfg!(unix) || FileId::at(path) == Some(self.id)
     }
 }
 
@@ -83,15 +100,36 @@ impl Drop for Held {
 }
 
 #[cfg(unix)]
-fn id_of(found: &Metadata) -> Id {
+fn id_of(found: &Metadata) -> FileId {
     use std::os::unix::fs::MetadataExt;
-    (found.dev(), found.ino())
+    FileId(found.dev(), found.ino())
 }
 
 /// How many names (hard links) the file has.
 #[cfg(unix)]
 pub(crate) fn names_of(found: &Metadata) -> u64 {
     std::os::unix::fs::MetadataExt::nlink(found)
+}
+
+/// Whether it is the file that is mounted, and not a folder that it is in: a second name for it.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_mounted_alone(path: &Path) -> bool {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    // `None` where the system cannot tell (before Linux 5.8).
+    let mount = |path: &Path| {
+        let found = statx(CWD, path, AtFlags::empty(), StatxFlags::MNT_ID).ok()?;
+        let is_told = found.stx_mask & StatxFlags::MNT_ID.bits() != 0;
+        is_told.then_some(found.stx_mnt_id)
+    };
+    match (mount(path), path.parent().and_then(mount)) {
+        (Some(file), Some(folder)) => file != folder,
+        _ => false,
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn is_mounted_alone(_: &Path) -> bool {
+    false
 }
 
 #[cfg(unix)]
@@ -102,8 +140,8 @@ fn read_at(file: &File, into: &mut [u8], offset: u64) -> io::Result<usize> {
 // Elsewhere locks belong to a handle, and closing another takes none away; a file that is open cannot
 // be removed or replaced.
 #[cfg(not(unix))]
-fn id_of(_: &Metadata) -> Id {
-    (0, 0)
+fn id_of(_: &Metadata) -> FileId {
+    FileId(0, 0)
 }
 
 #[cfg(not(unix))]

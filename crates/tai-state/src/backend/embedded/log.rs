@@ -1,4 +1,4 @@
-//! Tells a damaged write-ahead log from one that merely ends in the middle of a commit.
+//! Reads a write-ahead log, and tells a damaged one from one that merely ends in the middle of a commit.
 //!
 //! SQLite takes the first frame whose checksum fails for the end of its log, which is right after
 //! a crash: the last commit may be incomplete, and it was not acknowledged. But when the bad frame
@@ -11,9 +11,12 @@
 //!
 //! The format is <https://www.sqlite.org/fileformat2.html#the_write_ahead_log>.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::Path;
+
+use super::lineage::{Notes, PAGE_OF_NOTES};
 
 const HEADER: usize = 32;
 const FRAME_HEADER: usize = 24;
@@ -30,6 +33,75 @@ enum Verdict {
     Damaged { frame: u64 },
 }
 
+/// What a log was found to be.
+#[derive(Debug)]
+pub(super) struct Found {
+    verdict: Verdict,
+    /// Which of the logs that follow one another in this file it is: their header's bytes.
+    pub(super) generation: [u8; HEADER],
+    pub(super) says: Says,
+}
+
+/// What the whole commits of a log say about the file that they belong to.
+#[derive(Debug, Default)]
+pub(super) struct Says {
+    /// It is sound, but its pages are not as large as those of a store.
+    has_other_pages: bool,
+    /// Where a store has its notes, it has something else.
+    has_no_notes: bool,
+    stores: BTreeSet<String>,
+    /// The mark of the file that the log was begun on, and those of its commits.
+    marks: BTreeSet<String>,
+}
+
+impl Says {
+    fn note(&mut self, notes: Notes) {
+        self.has_no_notes |= notes == Notes::default();
+        self.stores.extend(notes.store);
+        self.marks.extend(notes.commit.into_iter().chain(notes.before));
+    }
+
+    /// Why this is not the log of the file that has these notes, if it cannot be.
+    pub(super) fn differs_from(&self, file: &Notes) -> Option<String> {
+        if self.has_other_pages {
+            return Some("its pages have another size".to_owned());
+        }
+        if self.has_no_notes && file.store.is_some() {
+            return Some("it is not that of a store".to_owned());
+        }
+        if let Some(store) = &file.store
+            && let Some(other) = self.stores.iter().find(|other| *other != store)
+        {
+            return Some(format!("it is that of the store {other}, and the file is {store}"));
+        }
+        let is_known = file.commit.as_ref().is_none_or(|mark| self.marks.contains(mark));
+        (!is_known && !self.marks.is_empty())
+            .then(|| "it does not go on from where the file stands".to_owned())
+    }
+}
+
+/// The header of a log, by which it is told from the next one in the same file; `None` where there is
+/// no log, or less than a header of it.
+pub(super) fn generation(log: &Path) -> io::Result<Option<[u8; HEADER]>> {
+    let mut header = [0; HEADER];
+    let Some(mut log) = open(log)? else { return Ok(None) };
+    Ok(fill(&mut log, &mut header)?.then_some(header))
+}
+
+/// Reads a log to its end; `None` where there is none.
+pub(super) fn read(log: &Path) -> io::Result<Option<Found>> {
+    let Some(log) = open(log)? else { return Ok(None) };
+    read_from(BufReader::with_capacity(1 << 16, log)).map(Some)
+}
+
+fn open(log: &Path) -> io::Result<Option<File>> {
+    match File::open(log) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Why the log cannot be trusted, if it cannot.
 ///
 /// # Errors
@@ -39,12 +111,8 @@ pub(super) fn damage(log: &Path) -> io::Result<Option<String>> {
     // Another process may be writing: what it has half written looks bad until it is whole. Only
     // what stays bad at the same place is.
     for _ in 0..3 {
-        let file = match File::open(log) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        match read(BufReader::with_capacity(1 << 16, file))? {
+        let Some(found) = read(log)? else { return Ok(None) };
+        match found.verdict {
             Verdict::Sound => return Ok(None),
             Verdict::Damaged { frame } if last.is_none_or(|last| last == frame) => {
                 last = Some(frame);
@@ -57,25 +125,30 @@ pub(super) fn damage(log: &Path) -> io::Result<Option<String>> {
     }))
 }
 
-fn read(mut log: impl Read) -> io::Result<Verdict> {
-    let mut header = [0; HEADER];
-    if !fill(&mut log, &mut header)? {
-        return Ok(Verdict::Sound);
+fn read_from(mut log: impl Read) -> io::Result<Found> {
+    let mut generation = [0; HEADER];
+    let mut says = Says::default();
+    if !fill(&mut log, &mut generation)? {
+        return Ok(Found { verdict: Verdict::Sound, generation, says });
     }
+    let header = generation;
     let word = |bytes: &[u8], at: usize| {
         let bytes = bytes.get(at..at + 4).and_then(|bytes| <[u8; 4]>::try_from(bytes).ok());
         bytes.map(u32::from_be_bytes).unwrap_or_default()
     };
     let big_endian = word(&header, 0) == MAGIC + 1;
     let mut seed = sum((0, 0), header.get(..24).unwrap_or_default(), big_endian);
-    let is_sound = word(&header, 0) | 1 == MAGIC | 1
-        && word(&header, 8) as usize == PAGE
-        && seed == (word(&header, 24), word(&header, 28));
+    let is_log =
+        word(&header, 0) | 1 == MAGIC | 1 && seed == (word(&header, 24), word(&header, 28));
+    says.has_other_pages = is_log && word(&header, 8) as usize != PAGE;
+    let is_sound = is_log && !says.has_other_pages;
     let mut salts = is_sound.then(|| (word(&header, 16), word(&header, 20)));
     let mut first_bad = if is_sound { None } else { Some(0) };
     let mut commits_behind = 0;
     let mut frame = [0; FRAME_HEADER + PAGE];
     let mut number = 0u64;
+    // Of a commit that is not whole yet.
+    let mut under_way = Vec::new();
     while fill(&mut log, &mut frame)? {
         number += 1;
         let (head, page) = frame.split_at(FRAME_HEADER);
@@ -93,15 +166,24 @@ fn read(mut log: impl Read) -> io::Result<Verdict> {
         } else if first_bad.is_some() && is_current && follows {
             commits_behind += u64::from(is_commit);
         }
+        if first_bad.is_none() {
+            if word(head, 0) == PAGE_OF_NOTES {
+                under_way.push(Notes::of(page));
+            }
+            if is_commit {
+                under_way.drain(..).for_each(|notes| says.note(notes));
+            }
+        }
         // Each frame is seeded by what the one before it says, so that frames behind a bad one can
         // be told from remains of an older log.
         seed = its_sum;
     }
-    match first_bad {
+    let verdict = match first_bad {
         // One commit may have been under way.
-        Some(frame) if commits_behind >= 2 => Ok(Verdict::Damaged { frame }),
-        _ => Ok(Verdict::Sound),
-    }
+        Some(frame) if commits_behind >= 2 => Verdict::Damaged { frame },
+        _ => Verdict::Sound,
+    };
+    Ok(Found { verdict, generation, says })
 }
 
 /// SQLite's checksum over pairs of words.
@@ -144,6 +226,10 @@ mod tests {
         std::fs::read(folder.path().join("a.db-wal")).unwrap()
     }
 
+    fn verdict(log: &[u8]) -> Verdict {
+        read_from(log).unwrap().verdict
+    }
+
     fn frames(log: &[u8]) -> usize {
         (log.len() - HEADER) / (FRAME_HEADER + PAGE)
     }
@@ -158,12 +244,12 @@ mod tests {
         let whole = log(6);
         assert!(commit_frames(&whole).len() == 6 && frames(&whole) > 12);
         for end in (0..whole.len()).step_by(509).chain([whole.len()]) {
-            assert_eq!(read(&whole[..end]).unwrap(), Verdict::Sound, "cut at {end}");
+            assert_eq!(verdict(&whole[..end]), Verdict::Sound, "cut at {end}");
         }
         // What is left of an older log behind the current one is no damage: its salts differ.
         let mut older = whole.clone();
         older.extend_from_slice(&log(6)[HEADER..]);
-        assert_eq!(read(&older[..]).unwrap(), Verdict::Sound);
+        assert_eq!(verdict(&older), Verdict::Sound);
     }
 
     #[test]
@@ -176,7 +262,7 @@ mod tests {
         for at in (0..end_of(5)).filter(|at| *at < 200 || at % 97 == 0 || near_a_header(*at)) {
             let mut flipped = whole.clone();
             flipped[at] ^= 0x04;
-            let verdict = read(&flipped[..]).unwrap();
+            let verdict = verdict(&flipped);
             assert!(matches!(verdict, Verdict::Damaged { .. }), "byte {at}: {verdict:?}");
         }
     }
@@ -191,11 +277,7 @@ mod tests {
                 let mut torn = whole.clone();
                 let at = HEADER + frame * (FRAME_HEADER + PAGE) + sector * 512;
                 torn[at..at + 512].fill(0);
-                assert_eq!(
-                    read(&torn[..]).unwrap(),
-                    Verdict::Sound,
-                    "frame {frame}, sector {sector}"
-                );
+                assert_eq!(verdict(&torn), Verdict::Sound, "frame {frame}, sector {sector}");
             }
         }
     }

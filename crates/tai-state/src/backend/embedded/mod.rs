@@ -3,9 +3,12 @@
 //! | file | job |
 //! |---|---|
 //! | `file.rs` | create, recognise and open the file |
+//! | `refusal.rs` | what a file that cannot be opened is refused as |
 //! | `tables.rs` | its tables, and the check that every row carries |
 //! | `held.rs` | the one descriptor of the file in this process |
-//! | `log.rs` | tell a damaged write-ahead log from a torn end |
+//! | `log.rs` | read a write-ahead log, tell damage from a torn end |
+//! | `lineage.rs` | tell whether a log belongs to its file |
+//! | `place.rs` | where it is, and whether a handle may go on |
 //! | `rows.rs` | read documents and prove them |
 //! | `find.rs` | answer queries |
 //! | `writer.rs` | the one thread that writes |
@@ -17,7 +20,10 @@
 mod file;
 mod find;
 mod held;
+mod lineage;
 mod log;
+mod place;
+mod refusal;
 mod rows;
 mod tables;
 #[cfg(test)]
@@ -27,7 +33,7 @@ mod writer;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -36,7 +42,7 @@ use async_trait::async_trait;
 use rusqlite::{Connection, ErrorCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use self::held::Held;
+use self::place::{Place, REPLACED};
 use self::rows::{RowError, Rows};
 use super::bell::Bell;
 use super::{
@@ -66,24 +72,18 @@ pub struct EmbeddedBackend {
     clock: MachineClock,
 }
 
-/// Why a handle ends when its file is not under its name any more.
-const REPLACED: &str = "the file was removed or replaced while it was open";
-
 /// Connections for reading.
 struct Pool {
-    path: PathBuf,
-    location: String,
     idle: Mutex<Vec<Connection>>,
     permits: Semaphore,
     views: Arc<Semaphore>,
-    failed: Arc<AtomicBool>,
-    /// Last, so that it is closed after the connections.
-    held: Arc<Held>,
+    /// Last, so that the file is closed after the connections.
+    place: Arc<Place>,
 }
 
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pool").field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Pool").field("path", &self.place.path).finish_non_exhaustive()
     }
 }
 
@@ -109,25 +109,20 @@ impl EmbeddedBackend {
         let location = path.display().to_string();
         let file::Opened { conn, identity, path, held } =
             file::open(&path, create, allow_ephemeral_disk)?;
-        let held = Arc::new(held);
+        // While the connection is open, which keeps the log where it is.
+        let place = Arc::new(Place::new(path, location.clone(), held));
         tracing::info!(
             location,
             store = identity.store,
             "opened an embedded store, sync on every commit"
         );
-        let failed = Arc::new(AtomicBool::new(false));
         let (requests, waiting) = mpsc::channel();
         let commits = Arc::new(AtomicU64::new(0));
         let bell = Bell::new();
         let writer = writer::Writer::new(
             conn,
             waiting,
-            writer::Place {
-                path: path.clone(),
-                location: location.clone(),
-                held: Arc::clone(&held),
-            },
-            Arc::clone(&failed),
+            Arc::clone(&place),
             Arc::clone(&commits),
             bell.clone(),
         );
@@ -135,17 +130,14 @@ impl EmbeddedBackend {
             .name("tai-state-writer".into())
             .spawn(move || writer.run())
             .map_err(|error| crate::Error::Storage {
-                location: location.clone(),
+                location,
                 reason: format!("no thread could be started: {error}"),
             })?;
         let pool = Pool {
-            path,
-            location,
             idle: Mutex::default(),
             permits: Semaphore::new(READERS),
             views: Arc::new(Semaphore::new(VIEWS)),
-            failed,
-            held,
+            place,
         };
         let (requests, writer) = (Some(Arc::new(requests)), Some(writer));
         let (pool, looks) = (Arc::new(pool), watch::Looks::new());
@@ -166,6 +158,8 @@ impl Drop for EmbeddedBackend {
     fn drop(&mut self) {
         // The writer's connection closes last: it is the one that may fold the log into the file.
         self.pool.close();
+        // Nobody can wait for an answer any more: what has not begun never will.
+        self.pool.place.closing.store(true, Ordering::Release);
         drop(self.requests.take());
         if let Some(writer) = self.writer.take() {
             let _ = writer.join();
@@ -175,14 +169,21 @@ impl Drop for EmbeddedBackend {
 
 impl Pool {
     fn take(&self) -> Rows<Connection> {
+        // What is read there may be lost already, and must not settle what became of a commit.
+        if self.place.is_replaced() {
+            return Err(BackendError::Failed(REPLACED.into()).into());
+        }
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         match idle {
             Some(conn) => Ok(conn),
             None => {
-                let conn = file::connect(&self.path)?;
-                if !self.held.is_at(&self.path) {
-                    return Err(BackendError::Failed(REPLACED.into()).into());
-                }
+                // Before, since connecting makes a new log where there is none.
+                let opened = match self.place.is_ours() {
+                    true => Some(file::connect(&self.place.path)?),
+                    false => None,
+                };
+                let conn = opened.filter(|_| self.place.is_ours());
+                let conn = conn.ok_or_else(|| BackendError::Failed(REPLACED.into()))?;
                 conn.pragma_update(None, "query_only", "ON")?;
                 Ok(conn)
             }
@@ -201,9 +202,7 @@ impl Pool {
     }
 
     fn discard(&self, conn: &Connection) {
-        if self.failed.load(Ordering::Acquire) {
-            writer::keep_log(conn);
-        }
+        self.place.before_closing(conn);
     }
 
     fn close(&self) {
@@ -240,7 +239,7 @@ impl Pool {
         outcome: Result<Rows<T>, tokio::task::JoinError>,
     ) -> Result<T, BackendError> {
         match outcome {
-            Ok(outcome) => outcome.map_err(|error| port_error(error, &self.location)),
+            Ok(outcome) => outcome.map_err(|error| port_error(error, &self.place.location)),
             Err(error) => Err(cancelled(&error)),
         }
     }
@@ -280,9 +279,10 @@ fn port_error(error: RowError, location: &str) -> BackendError {
         Some(ErrorCode::TooBig) => {
             BackendError::TooLarge { what: "a document".into(), size: 0, limit: 1_000_000_000 }
         }
+        // What the disk does not give now it does not give a moment later.
+        Some(ErrorCode::SystemIoFailure) => BackendError::Failed(error.to_string()),
         Some(
-            ErrorCode::SystemIoFailure
-            | ErrorCode::OutOfMemory
+            ErrorCode::OutOfMemory
             | ErrorCode::OperationInterrupted
             | ErrorCode::OperationAborted
             | ErrorCode::FileLockingProtocolFailed
@@ -405,7 +405,7 @@ impl Backend for EmbeddedBackend {
     }
 
     fn location(&self) -> String {
-        self.pool.location.clone()
+        self.pool.place.location.clone()
     }
 
     async fn check_structure(&self) -> Result<Vec<String>, BackendError> {

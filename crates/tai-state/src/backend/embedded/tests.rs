@@ -8,7 +8,7 @@ use super::*;
 use crate::backend::{Body, Precondition, Rung, Write};
 use crate::{ChangeMetadata, Error, StateSnapshot, StateStore, StoreOptions};
 
-fn put(name: &str) -> Write {
+pub(super) fn put(name: &str) -> Write {
     let key = Key {
         governor: Name::escape("g", "id").unwrap(),
         kind: Kind::States,
@@ -18,7 +18,7 @@ fn put(name: &str) -> Write {
     Write::put(key, Body::new(&json!({"n": 1})).unwrap(), Precondition::Any)
 }
 
-async fn open(path: &Path) -> crate::Result<EmbeddedBackend> {
+pub(super) async fn open(path: &Path) -> crate::Result<EmbeddedBackend> {
     EmbeddedBackend::open(path, true, false).await
 }
 
@@ -256,4 +256,59 @@ async fn an_alarm_that_is_left_over_ends() {
     tokio::task::spawn_blocking(move || drop(backend)).await.unwrap();
     let ended = waiting.await.unwrap();
     assert!(matches!(ended, Err(BackendError::Failed(_))), "{ended:?}");
+}
+
+/// Another process holds the write lock while this handle is dropped: it does not wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_waits_for_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    let other = raw(&path);
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let moment = Duration::from_millis(100);
+    for name in ["a", "b"] {
+        assert!(tokio::time::timeout(moment, backend.commit(vec![put(name)])).await.is_err());
+    }
+    let closed = tokio::task::spawn_blocking(move || drop(backend));
+    tokio::time::timeout(Duration::from_secs(10), closed).await.expect("it waits").unwrap();
+    other.execute_batch("COMMIT").unwrap();
+    drop(other);
+    let backend = open(&path).await.unwrap();
+    assert_eq!(backend.count(None, Kind::States).await.unwrap(), 0);
+}
+
+/// A request whose caller has gone away while it stood behind another is not begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_waits_for_is_not_begun() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    let other = raw(&path);
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let (first, last) = (backend.commit(vec![put("first")]), backend.commit(vec![put("last")]));
+    let meanwhile = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let gone = backend.commit(vec![put("gone")]);
+        assert!(tokio::time::timeout(Duration::from_millis(100), gone).await.is_err());
+        other.execute_batch("COMMIT").unwrap();
+        last.await.unwrap();
+    };
+    let (first, ()) = tokio::join!(first, meanwhile);
+    first.unwrap();
+    let names = backend.names(&put("a").key.governor, Kind::States, None, 100).await.unwrap();
+    assert_eq!(names, [put("first").key.name, put("last").key.name]);
+}
+
+/// What the disk does not give is its failure, and not something to be asked for again and again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_cannot_be_read_is_a_failure_of_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.tai");
+    let backend = open(&path).await.unwrap();
+    backend.commit(vec![put("a")]).await.unwrap();
+    let log = std::fs::File::options().write(true).open(file::sidecar(&path, "-wal")).unwrap();
+    log.set_len(0).unwrap();
+    let told = backend.get(&[put("a").key]).await.unwrap_err();
+    assert!(matches!(told, BackendError::Failed(_)), "{told}");
 }

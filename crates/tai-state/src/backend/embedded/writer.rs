@@ -6,15 +6,14 @@
 //! a failed sync the system may have dropped the very pages that a second sync would report as safe.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, params};
 use tokio::sync::oneshot;
 
-use super::held::Held;
+use super::place::{Place, REPLACED};
 use super::rows::{self, RowError, Rows};
 use super::tables::{Unsigned, document_crc, key_hash, statements};
 use super::{file, port_error};
@@ -54,21 +53,11 @@ impl Request {
     }
 }
 
-/// Where the file is.
-pub(crate) struct Place {
-    pub(crate) path: PathBuf,
-    /// As the user named it.
-    pub(crate) location: String,
-    pub(crate) held: Arc<Held>,
-}
-
 /// What the writer's thread owns. The connection goes before the descriptor.
 pub(crate) struct Writer {
     conn: Connection,
     requests: mpsc::Receiver<Message>,
-    place: Place,
-    /// Set for ever when a sync failed.
-    failed: Arc<AtomicBool>,
+    place: Arc<Place>,
     /// Pages in the log after the newest commit.
     log_pages: Arc<AtomicI32>,
     /// The same at the last checkpoint.
@@ -96,8 +85,8 @@ impl<E: Into<RowError>> From<E> for GroupError {
 }
 
 /// After a failed sync the log must not be folded in and removed when the last connection closes.
-pub(crate) fn keep_log(conn: &Connection) {
-    let _ = conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true);
+pub(crate) fn keep_log(conn: &Connection, keep: bool) {
+    let _ = conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep);
 }
 
 fn data_version(conn: &Connection) -> rusqlite::Result<i64> {
@@ -108,8 +97,7 @@ impl Writer {
     pub(crate) fn new(
         mut conn: Connection,
         requests: mpsc::Receiver<Message>,
-        place: Place,
-        failed: Arc<AtomicBool>,
+        place: Arc<Place>,
         commits: Arc<AtomicU64>,
         bell: Bell,
     ) -> Self {
@@ -122,12 +110,14 @@ impl Writer {
         if let Err(error) = conn.wal_hook(Some(hook)) {
             tracing::error!(%error, "the log's size cannot be watched");
         }
+        if let Err(error) = file::wait_for_others(&mut conn, Arc::clone(&place.closing)) {
+            tracing::error!(%error, "closing may have to wait for other processes");
+        }
         let data_version = data_version(&conn).ok();
         Self {
             conn,
             requests,
             place,
-            failed,
             log_pages,
             folded_at: 0,
             commits,
@@ -149,9 +139,7 @@ impl Writer {
                 self.look_around();
             }
         }
-        if self.failed.load(Ordering::Acquire) {
-            keep_log(&self.conn);
-        }
+        self.place.before_closing(&self.conn);
     }
 
     fn gather(&mut self, first: Message) -> Vec<Request> {
@@ -186,12 +174,15 @@ impl Writer {
         self.data_version = found;
     }
 
-    fn commit(&mut self, group: Vec<Request>) {
-        // What is written to a file without a name is lost when it is closed.
-        if !self.place.held.is_at(&self.place.path) {
-            self.poison(super::REPLACED);
+    fn commit(&mut self, mut group: Vec<Request>) {
+        // Whose caller has gone away is not begun: another process may have kept it waiting for long.
+        group.retain(|request| !request.answer.is_closed());
+        if group.is_empty() {
+            return;
         }
-        if self.failed.load(Ordering::Acquire) {
+        // What is written to a file or a log without a name is lost when it is closed.
+        self.look_at_the_names();
+        if self.place.has_failed() {
             for request in group {
                 let _ = request.answer.send(Err(poisoned()));
             }
@@ -200,6 +191,13 @@ impl Writer {
         let outcome = self.apply(&group);
         tracing::trace!(requests = group.len(), ok = outcome.is_ok(), "group commit");
         match outcome {
+            // It may have gone to a log that nobody will find: nothing of it is acknowledged.
+            Ok(_) if !self.look_at_the_names() => {
+                for request in group {
+                    let lost = BackendError::Indeterminate(REPLACED.to_owned());
+                    let _ = request.answer.send(Err(lost));
+                }
+            }
             Ok(answers) => {
                 if self.bell.has_listeners() {
                     let done = group.iter().zip(&answers).filter(|(_, answer)| answer.is_ok());
@@ -212,6 +210,22 @@ impl Writer {
             }
             Err(error) => self.fail(group, &error),
         }
+    }
+
+    /// Whether the file and its log still have their names; if not, this handle writes no more.
+    fn look_at_the_names(&self) -> bool {
+        let is_ours = self.place.is_ours();
+        if !is_ours && !self.place.has_failed() {
+            self.place.poison(REPLACED);
+            if self.place.can_be_saved() {
+                let folded = self.conn.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()));
+                tracing::warn!(
+                    ?folded,
+                    "the log was removed; what was in it was folded into the file"
+                );
+            }
+        }
+        is_ours
     }
 
     /// One transaction for the whole group.
@@ -234,6 +248,7 @@ impl Writer {
             return Ok(answers);
         }
         file::set_revision(conn, step.revision)?;
+        file::mark_commit(conn)?;
         conn.prepare_cached("COMMIT")?.execute([]).map_err(GroupError::Commit)?;
         self.commits.fetch_add(1, Ordering::Relaxed);
         Ok(answers)
@@ -241,7 +256,7 @@ impl Writer {
 
     fn fail(&mut self, group: Vec<Request>, error: &GroupError) {
         if !self.conn.is_autocommit() && self.conn.execute_batch("ROLLBACK").is_err() {
-            self.poison("a rollback failed");
+            self.place.poison("a rollback failed");
         }
         let answer = match error {
             GroupError::Before(RowError::Port(error)) => {
@@ -252,7 +267,7 @@ impl Writer {
             // A full disk or a busy file is met before the log is complete: nothing of it counts.
             GroupError::Commit(error) if is_harmless(error) => self.port_error(error),
             GroupError::Commit(error) => {
-                self.poison(&format!("a commit failed: {error}"));
+                self.place.poison(&format!("a commit failed: {error}"));
                 BackendError::Indeterminate(error.to_string())
             }
         };
@@ -265,11 +280,6 @@ impl Writer {
         port_error(RowError::Sqlite(copy_sqlite(error)), &self.place.location)
     }
 
-    fn poison(&self, reason: &str) {
-        tracing::error!(reason, location = %self.place.location, "the storage failed; this handle writes no more");
-        self.failed.store(true, Ordering::Release);
-    }
-
     /// Folds the log into the file, as far as readers allow, once it has grown enough since the
     /// last time.
     fn checkpoint(&mut self) {
@@ -277,7 +287,7 @@ impl Writer {
         if pages < self.folded_at {
             self.folded_at = 0;
         }
-        if pages - self.folded_at < CHECKPOINT_PAGES || self.failed.load(Ordering::Acquire) {
+        if pages - self.folded_at < CHECKPOINT_PAGES || self.place.has_failed() {
             return;
         }
         let folded =
@@ -289,7 +299,7 @@ impl Writer {
             Err(error) if is_harmless(&error) => {
                 tracing::warn!(%error, "the log could not be folded into the file");
             }
-            Err(error) => self.poison(&format!("a checkpoint failed: {error}")),
+            Err(error) => self.place.poison(&format!("a checkpoint failed: {error}")),
         }
     }
 }
@@ -304,7 +314,7 @@ pub(crate) fn is_harmless(error: &rusqlite::Error) -> bool {
 
 fn poisoned() -> BackendError {
     BackendError::Failed(
-        "a write or sync failed earlier, or the file was removed or replaced".to_owned(),
+        "a write or sync failed earlier, or the file or its log was removed or replaced".to_owned(),
     )
 }
 
@@ -318,6 +328,7 @@ fn copy(error: &BackendError) -> BackendError {
         BackendError::Corrupt { location, reason } => {
             BackendError::Corrupt { location: location.clone(), reason: reason.clone() }
         }
+        BackendError::Failed(reason) => BackendError::Failed(reason.clone()),
         other => BackendError::Failed(other.to_string()),
     }
 }
