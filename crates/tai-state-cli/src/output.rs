@@ -131,24 +131,40 @@ pub(crate) fn line(text: &str) -> Outcome {
     }
 }
 
-/// Waits where the descriptor says that it would have to: others may have set it not to block, for a reader
-/// that is only slow.
-struct Patient<Out>(Out);
+/// Standard output that waits where it says that it would have to: others may have set it not to block, for
+/// a reader that is only slow.
+struct Patient(io::StdoutLock<'static>);
 
-impl<Out: Write> Patient<Out> {
-    fn until_ready<T>(&mut self, mut deed: impl FnMut(&mut Out) -> io::Result<T>) -> io::Result<T> {
+impl Patient {
+    fn until_ready<T>(
+        &mut self,
+        mut deed: impl FnMut(&mut io::StdoutLock<'static>) -> io::Result<T>,
+    ) -> io::Result<T> {
         loop {
             match deed(&mut self.0) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.wait(error)?,
                 done => return done,
             }
         }
     }
+
+    #[cfg(unix)]
+    fn wait(&self, _: io::Error) -> io::Result<()> {
+        use rustix::event::{PollFd, PollFlags, poll};
+        let waited = poll(&mut [PollFd::new(&self.0, PollFlags::OUT)], None);
+        waited.map(drop).or_else(|error| match error {
+            rustix::io::Errno::INTR => Ok(()),
+            error => Err(error.into()),
+        })
+    }
+
+    #[cfg(not(unix))]
+    fn wait(&self, error: io::Error) -> io::Result<()> {
+        Err(error)
+    }
 }
 
-impl<Out: Write> Write for Patient<Out> {
+impl Write for Patient {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.until_ready(|out| out.write(bytes))
     }

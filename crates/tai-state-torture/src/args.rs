@@ -60,6 +60,9 @@ pub(crate) enum Command {
     /// The writer of a control: it acknowledges too early.
     #[command(hide = true)]
     HastyWriter { file: PathBuf },
+    /// One step of `volume`, in a process of its own.
+    #[command(hide = true)]
+    VolumeStep { step: String, url: String, events: u64 },
     /// Name all subcommands that do harm, one a line.
     Harms,
     /// Write docs/torture.md anew from what was recorded.
@@ -97,6 +100,8 @@ pub(crate) enum Harm {
     Eio,
     /// A disk that is full, while the process goes on.
     FullDisk,
+    /// Long logs, and the memory that they take.
+    Volume,
 }
 
 impl Harm {
@@ -114,6 +119,7 @@ impl Harm {
             Self::Powercut => "powercut",
             Self::Eio => "eio",
             Self::FullDisk => "full-disk",
+            Self::Volume => "volume",
         }
     }
 
@@ -131,6 +137,7 @@ impl Harm {
             Self::Powercut => crate::powercut::run(run),
             Self::Eio => crate::eio::run(run),
             Self::FullDisk => crate::full_disk::run(run).await,
+            Self::Volume => crate::volume::run(run).await,
         }
     }
 }

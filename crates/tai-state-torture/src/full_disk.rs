@@ -79,7 +79,7 @@ pub(crate) async fn run(run: &Run) -> Tally {
         tally.skip("full-disk needs to mount a small tmpfs, as root or in a user namespace");
         return tally;
     };
-    let rounds = run.size(5, 20);
+    let rounds = run.size(20, 100);
     for (n, mut random) in run.rounds(rounds) {
         disk.empty();
         let mut round = Round { n, disk: &disk, told: BTreeMap::new(), next: 0 };

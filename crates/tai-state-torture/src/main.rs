@@ -34,6 +34,7 @@ mod soak;
 mod strace;
 mod tool;
 mod versions;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -56,6 +57,10 @@ fn main() -> ExitCode {
         Command::Page { check } => return page::write(*check),
         Command::HastyWriter { file } => {
             runtime.block_on(kill::hasty_writer(file));
+            return ExitCode::SUCCESS;
+        }
+        Command::VolumeStep { step, url, events } => {
+            runtime.block_on(volume::step(step, url, *events));
             return ExitCode::SUCCESS;
         }
         Command::Harm(harm) => *harm,

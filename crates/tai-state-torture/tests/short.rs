@@ -45,4 +45,5 @@ short_tier! {
     powercut => "powercut",
     eio => "eio",
     full_disk => "full-disk",
+    volume => "volume",
 }
