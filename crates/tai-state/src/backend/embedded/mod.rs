@@ -42,7 +42,7 @@ use async_trait::async_trait;
 use rusqlite::{Connection, ErrorCode};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use self::place::{Place, REPLACED};
+use self::place::{CUT, Place, REPLACED};
 use self::rows::{RowError, Rows};
 use super::bell::Bell;
 use super::{
@@ -239,7 +239,10 @@ impl Pool {
         outcome: Result<Rows<T>, tokio::task::JoinError>,
     ) -> Result<T, BackendError> {
         match outcome {
-            Ok(outcome) => outcome.map_err(|error| port_error(error, &self.place.location)),
+            Ok(outcome) => outcome.map_err(|error| {
+                self.place.note(&error);
+                port_error(error, &self.place.location)
+            }),
             Err(error) => Err(cancelled(&error)),
         }
     }
@@ -258,6 +261,14 @@ fn is_full(error: &rusqlite::Error) -> bool {
             .is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE)
 }
 
+/// Whether the log is shorter than all who have it open agreed that it is. While somebody reads it, SQLite
+/// cuts nothing off; of the file itself, what is missing reads as zeros.
+fn is_cut_log(error: &rusqlite::Error) -> bool {
+    error
+        .sqlite_error()
+        .is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHORT_READ)
+}
+
 /// What an SQLite error means to the room above.
 fn port_error(error: RowError, location: &str) -> BackendError {
     let error = match error {
@@ -268,6 +279,7 @@ fn port_error(error: RowError, location: &str) -> BackendError {
         |reason: String| BackendError::Corrupt { location: format!("the file {location}"), reason };
     match error.sqlite_error_code() {
         _ if is_full(&error) => BackendError::Full,
+        _ if is_cut_log(&error) => BackendError::Failed(CUT.into()),
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
             BackendError::Unavailable("another process has held the file for too long".into())
         }
@@ -279,10 +291,9 @@ fn port_error(error: RowError, location: &str) -> BackendError {
         Some(ErrorCode::TooBig) => {
             BackendError::TooLarge { what: "a document".into(), size: 0, limit: 1_000_000_000 }
         }
-        // What the disk does not give now it does not give a moment later.
-        Some(ErrorCode::SystemIoFailure) => BackendError::Failed(error.to_string()),
         Some(
-            ErrorCode::OutOfMemory
+            ErrorCode::SystemIoFailure
+            | ErrorCode::OutOfMemory
             | ErrorCode::OperationInterrupted
             | ErrorCode::OperationAborted
             | ErrorCode::FileLockingProtocolFailed

@@ -6,11 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::held::{FileId, Held};
+use super::rows::RowError;
 use super::writer::keep_log;
 
 /// Why a handle ends when its file is not under its name any more.
 pub(super) const REPLACED: &str =
     "the file or its log (-wal) was removed or replaced while it was open";
+
+/// Why a handle ends when its log is shorter than it knows it to be.
+pub(super) const CUT: &str = "the log (-wal) was cut off while it was open";
 
 /// Shared by the connections of a handle.
 #[derive(Debug)]
@@ -76,6 +80,16 @@ impl Place {
     pub(super) fn poison(&self, reason: &str) {
         tracing::error!(reason, location = %self.location, "the storage failed; this handle writes no more");
         self.failed.store(true, Ordering::Release);
+    }
+
+    /// A log that was cut off under us takes no more, and what is read there does not count.
+    pub(super) fn note(&self, error: &RowError) {
+        if let RowError::Sqlite(error) = error
+            && super::is_cut_log(error)
+        {
+            self.replaced.store(true, Ordering::Release);
+            self.poison(CUT);
+        }
     }
 
     /// What closing a connection must not do to the log of a file that failed.

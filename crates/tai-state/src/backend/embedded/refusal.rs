@@ -22,7 +22,7 @@ pub(super) fn not_its_log(path: &Path, location: &str, reason: &str) -> Error {
     let (log, shared) = (log.display(), shared.display());
     let reason = format!(
         "the write-ahead log {log} beside it is not its own: {reason}. Put back the file that the log belongs \
-         to, with its changes in it; or, if this is a backup that was restored, remove {log} and {shared}"
+         to; or, if this is a backup that was restored, remove {log} and {shared}"
     );
     damaged(location, &reason)
 }

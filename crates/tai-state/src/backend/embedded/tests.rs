@@ -300,9 +300,9 @@ async fn what_nobody_waits_for_is_not_begun() {
     assert_eq!(names, [put("first").key.name, put("last").key.name]);
 }
 
-/// What the disk does not give is its failure, and not something to be asked for again and again.
+/// It is not asked for again and again, and takes no more commits: they would stand behind a hole.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_that_cannot_be_read_is_a_failure_of_the_disk() {
+async fn a_log_that_is_cut_off_ends_the_handle() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.tai");
     let backend = open(&path).await.unwrap();
@@ -310,5 +310,7 @@ async fn a_log_that_cannot_be_read_is_a_failure_of_the_disk() {
     let log = std::fs::File::options().write(true).open(file::sidecar(&path, "-wal")).unwrap();
     log.set_len(0).unwrap();
     let told = backend.get(&[put("a").key]).await.unwrap_err();
+    assert!(matches!(told, BackendError::Failed(_)), "{told}");
+    let told = backend.commit(vec![put("b")]).await.unwrap_err();
     assert!(matches!(told, BackendError::Failed(_)), "{told}");
 }

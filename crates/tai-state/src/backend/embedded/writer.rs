@@ -277,7 +277,9 @@ impl Writer {
     }
 
     fn port_error(&self, error: &rusqlite::Error) -> BackendError {
-        port_error(RowError::Sqlite(copy_sqlite(error)), &self.place.location)
+        let error = RowError::Sqlite(copy_sqlite(error));
+        self.place.note(&error);
+        port_error(error, &self.place.location)
     }
 
     /// Folds the log into the file, as far as readers allow, once it has grown enough since the
@@ -374,8 +376,10 @@ impl Group<'_> {
             self.states.clear();
             return Ok(Err(refused));
         }
+        // Where SQLite has ended the whole transaction, the savepoint is gone too: the first error counts.
+        let committed = outcome?;
         self.conn.prepare_cached("RELEASE request")?.execute([])?;
-        Ok(Ok(outcome?))
+        Ok(Ok(committed))
     }
 
     /// Checks every precondition of a request before any of it is written.
