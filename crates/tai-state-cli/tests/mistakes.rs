@@ -112,7 +112,7 @@ fn an_export_onto_a_store_is_refused() {
 }
 
 #[test]
-fn an_export_goes_into_what_is_no_file_and_behind_a_link() {
+fn an_export_goes_into_what_is_no_file() {
     let store = Store::made();
     store.run(&["put", "g/s", "--data", "1"]).ok();
     let whole = store.run(&["export"]).ok().out;
@@ -125,12 +125,6 @@ fn an_export_goes_into_what_is_no_file_and_behind_a_link() {
     }
     store.run(&["export", "--out", &fifo]).ok();
     assert_eq!(String::from_utf8(reader.wait_with_output().unwrap().stdout).unwrap(), whole);
-    // What the link leads to is replaced, the link stays.
-    let (file, link) = (store.write("before.jsonl", b"before"), store.path("link.jsonl"));
-    std::os::unix::fs::symlink(&file, &link).unwrap();
-    store.run(&["export", "--out", link.to_str().unwrap()]).ok();
-    assert!(link.symlink_metadata().unwrap().is_symlink());
-    assert_eq!(std::fs::read_to_string(&file).unwrap(), whole);
 }
 
 #[test]

@@ -113,8 +113,7 @@ async fn to_file(
     let target = match path.metadata() {
         Ok(there) if there.is_file() => {
             refuse_store(path)?;
-            // What a link leads to is replaced, not the link.
-            path.canonicalize().map_err(failed)?
+            path
         }
         Ok(there) if there.is_dir() => {
             return Err(failed(ErrorKind::IsADirectory.into()));
@@ -123,7 +122,8 @@ async fn to_file(
             let mut there = std::fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
             return written(store, governor, path, &mut there, count).await;
         }
-        Err(_) => path.to_path_buf(),
+        // Of a link that leads to a file or nowhere the link is replaced: nothing is made where it leads.
+        Err(_) => path,
     };
     let parent = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
