@@ -101,6 +101,9 @@ pub(crate) async fn run(run: &Run) -> Tally {
         parts.into_iter().for_each(|part| tally.add(part));
     }
     tally.at_least("of older tokens refused outside", engines.len() as u64);
+    if tally.counted(wrong_clocks::JUMPED) > 0 {
+        tally.at_least(wrong_clocks::SEEN, engines.len() as u64);
+    }
     let runs = rounds * engines.len() as u64;
     tally.at_least("runs with enough writes and somebody late", runs);
     tally.at_least("runs of late writers of whom one was refused", runs);

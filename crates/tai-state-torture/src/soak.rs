@@ -17,6 +17,7 @@ use crate::engine::{Engine, Store, problems};
 use crate::process::Asked;
 use crate::random::Random;
 use crate::run::{Run, Tally};
+use crate::tool;
 
 /// The governor of the lists, and how many there are.
 const LISTS: &str = "lists";
@@ -91,20 +92,13 @@ impl Shared {
     }
 }
 
-/// The memory that a process has now, in KiB.
-fn memory(pid: &str) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().trim_end_matches("kB").trim().parse().ok()
-}
-
 /// What one process had, sample after sample.
 #[derive(Debug, Default)]
 struct Memory(Vec<u64>);
 
 impl Memory {
     fn look(&mut self, pid: &str) {
-        self.0.extend(memory(pid));
+        self.0.extend(tool::memory(pid, "VmRSS"));
     }
 
     fn highest(&self) -> u64 {

@@ -143,3 +143,10 @@ pub(crate) fn acknowledgement(reader: &mut impl BufRead) -> Option<Value> {
     reader.read_line(&mut line).unwrap();
     line.ends_with('\n').then(|| serde_json::from_str(&line).unwrap())
 }
+
+/// What the system says of the memory of a process (or of `self`), in KiB: `VmRSS` now, `VmHWM` at most.
+pub(crate) fn memory(process: &str, which: &str) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let said = status.lines().find_map(|line| line.strip_prefix(which)?.strip_prefix(':'))?;
+    said.split_whitespace().next()?.parse().ok()
+}

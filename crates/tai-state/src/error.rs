@@ -144,7 +144,7 @@ pub enum Error {
     TooLarge {
         /// What was measured.
         what: String,
-        /// Its size: bytes, unless `what` begins with "the number of".
+        /// Its size: bytes, unless `what` is a number of things ("the number of …").
         size: u64,
         /// The limit, in the same unit.
         limit: u64,

@@ -110,30 +110,24 @@ async fn to_file(
     count: impl FnMut(u64) + Send,
 ) -> Outcome<ExportSummary> {
     let failed = |error: std::io::Error| io(&path.display().to_string(), &error);
-    let target = match path.metadata() {
-        Ok(there) if there.is_file() => {
-            refuse_store(path)?;
-            path
-        }
-        Ok(there) if there.is_dir() => {
-            return Err(failed(ErrorKind::IsADirectory.into()));
-        }
+    // Of a link that leads to a file or nowhere the link is replaced: nothing is made where it leads.
+    match path.metadata() {
+        Ok(there) if there.is_file() => refuse_store(path)?,
+        Ok(there) if there.is_dir() => return Err(failed(ErrorKind::IsADirectory.into())),
         Ok(_) => {
-            let mut there = std::fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
+            let mut there = File::options().write(true).open(path).map_err(failed)?;
             return written(store, governor, path, &mut there, count).await;
         }
-        // Of a link that leads to a file or nowhere the link is replaced: nothing is made where it leads.
-        Err(_) => path,
-    };
-    let parent = match target.parent() {
+        Err(_) => {}
+    }
+    let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let file = tempfile::NamedTempFile::new_in(parent).map_err(failed)?;
-    let mut file = file;
+    let mut file = tempfile::NamedTempFile::new_in(parent).map_err(failed)?;
     let summary = written(store, governor, path, &mut file, count).await?;
     file.as_file().sync_all().map_err(failed)?;
-    file.persist(target).map_err(|error| failed(error.error))?;
+    file.persist(path).map_err(|error| failed(error.error))?;
     Ok(summary)
 }
 

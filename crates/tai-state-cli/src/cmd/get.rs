@@ -47,12 +47,11 @@ async fn newest(store: &StateStore, governor: &str, state: &str) -> Outcome<Stat
             let message = format!("{governor}/{state} was deleted with v{version} at {when}");
             let failure = not_found(message);
             // Unless it was purged, or cleaned up, or a log that began elsewhere begins with this.
-            let before = version.checked_sub(1).filter(|before| *before > 0);
-            let Some(before) = before else { return Err(failure) };
-            match store.record_at_version(governor, state, before).await {
-                Ok(_) => Err(failure.hint(format!("its past is still there: --at v{before}"))),
-                Err(_) => Err(failure),
-            }
+            let before = version.saturating_sub(1);
+            Err(match store.record_at_version(governor, state, before).await {
+                Ok(_) => failure.hint(format!("its past is still there: --at v{before}")),
+                Err(_) => failure,
+            })
         }
         None => Err(not_found(format!("no state {governor}/{state}"))
             .hint("list what exists with `tai-state ls`")),

@@ -11,6 +11,8 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::log::PAGE;
+
 /// Which file it is: device and number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct FileId(u64, u64);
@@ -61,7 +63,7 @@ impl Held {
 
     /// A page of the file alone, whatever its log says; less if the file is shorter.
     pub(crate) fn page(&self, number: u32) -> io::Result<Vec<u8>> {
-        self.bytes(u64::from(number.saturating_sub(1)) * 4096, 4096)
+        self.bytes(u64::from(number.saturating_sub(1)) * PAGE as u64, PAGE)
     }
 
     fn bytes(&self, from: u64, length: usize) -> io::Result<Vec<u8>> {

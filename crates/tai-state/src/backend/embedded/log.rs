@@ -20,7 +20,7 @@ use super::lineage::{Notes, PAGE_OF_NOTES};
 
 const HEADER: usize = 32;
 const FRAME_HEADER: usize = 24;
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 /// Checksums in the byte order of little-endian machines; one more is big-endian.
 const MAGIC: u32 = 0x377f_0682;
 
