@@ -28,7 +28,12 @@ impl Engine {
         if emulator.is_none() {
             tally.skip(format!("{what}: there is no Firestore emulator"));
         }
-        emulator.map(|emulator| Self::Emulator(emulator.address()))
+        emulator.map(Self::of)
+    }
+
+    /// On this emulator, which must outlast its use.
+    pub(crate) fn of(emulator: &Emulator) -> Self {
+        Self::Emulator(emulator.address().to_owned().leak())
     }
 
     pub(crate) fn name(self) -> &'static str {

@@ -92,38 +92,40 @@ impl History {
         copy
     }
 
-    /// Copies that no strictly serializable store can have given, each with what is wrong with it.
-    /// The history must end with one transaction that reads one key alone, after others that have
-    /// read all of them, after everything else.
-    pub(crate) fn damaged(&self, mut below: impl FnMut(u64) -> u64) -> Vec<(&'static str, Self)> {
+    /// Shows copies that no strictly serializable store can have given, each with what is wrong with
+    /// it, and one after the other: a history is large. It must end with one transaction that reads one
+    /// key alone, after others that have read all of them, after everything else.
+    pub(crate) fn damaged(
+        &self,
+        mut below: impl FnMut(u64) -> u64,
+        mut show: impl FnMut(&'static str, Self),
+    ) {
         let mut one_of = |count: usize| below(count as u64) as usize;
         let reads: Vec<Read> = self.reads().collect();
-        let last = *reads.last().unwrap();
         // What the last transactions saw contradicts whatever is changed in the reads before them.
         let long: Vec<Read> =
             reads.iter().copied().filter(|r| r.length >= 2 && r.line < self.0.len() / 2).collect();
         let mut any_read = || long[one_of(long.len())];
-        let mut copies = vec![
-            ("a last read that saw nothing", self.with_read(last, Vec::clear)),
-            ("a read without its first element", {
-                self.with_read(any_read(), |list| drop(list.remove(0)))
-            }),
-            ("a read with its last two elements swapped", {
-                let read = any_read();
-                self.with_read(read, |list| list.swap(read.length - 2, read.length - 1))
-            }),
-            ("a read with an element twice", {
-                self.with_read(any_read(), |list| list.push(list[0].clone()))
-            }),
-        ];
+        show(
+            "a read without its first element",
+            self.with_read(any_read(), |list| drop(list.remove(0))),
+        );
+        show("a read with its last two elements swapped", {
+            let read = any_read();
+            self.with_read(read, |list| list.swap(read.length - 2, read.length - 1))
+        });
+        show(
+            "a read with an element twice",
+            self.with_read(any_read(), |list| list.push(list[0].clone())),
+        );
         let appends: Vec<(usize, usize)> = self.appends().collect();
         let mut any_append = || appends[one_of(appends.len())];
-        copies.push(("an append that failed and was read", {
+        show("an append that failed and was read", {
             let mut copy = self.clone();
             copy.0[any_append().0]["type"] = "fail".into();
             copy
-        }));
-        copies.push(("an append that was acknowledged and lost", {
+        });
+        show("an append that was acknowledged and lost", {
             let (line, step) = any_append();
             let append = &self.0[line]["value"][step];
             let mut copy = self.clone();
@@ -134,8 +136,8 @@ impl History {
                 }
             }
             copy
-        }));
-        copies.push(("an append that was asked for twice", {
+        });
+        show("an append that was asked for twice", {
             let (line, step) = any_append();
             let append = self.0[line]["value"][step].clone();
             let mut copy = self.clone();
@@ -143,8 +145,14 @@ impl History {
                 copy.0.push(json!({"type": kind, "process": i32::MAX, "value": [append]}));
             }
             copy
-        }));
-        copies
+        });
+    }
+
+    /// A copy in which the very last read saw nothing. Only the real-time order speaks against it: without
+    /// that order the read came before all else.
+    pub(crate) fn late(&self) -> Self {
+        let last = self.reads().last().unwrap();
+        self.with_read(last, Vec::clear)
     }
 
     /// What the exact checker says to it. The length of a list is its version; the longest that anybody
