@@ -26,18 +26,41 @@ pub(crate) fn write(only_check: bool) -> ExitCode {
     ExitCode::from(1)
 }
 
-/// What is written by hand, with `{{figures}}` where the runs stand.
+/// What is written by hand, with marks where the runs stand.
 fn text() -> String {
-    let words = std::fs::read_to_string(docs().join("torture/words.md")).unwrap();
-    words.replace("{{figures}}", &figures(&record::read(&docs().join("torture/results.jsonl"))))
+    let read = |name: &str| std::fs::read_to_string(docs().join("torture").join(name)).unwrap();
+    let records = record::read(&docs().join("torture/results.jsonl"));
+    let newest = newest(&records);
+    read("words.md")
+        .replace("{{overview}}", &overview(&newest))
+        .replace("{{fuzzing}}", read("fuzzing.txt").trim_end())
+        .replace("{{figures}}", &figures(&newest))
 }
 
 /// The newest run of each subcommand and tier, the long ones first.
-fn figures(records: &[Record]) -> String {
-    let mut newest: BTreeMap<(&str, &str), &Record> = BTreeMap::new();
-    for record in records {
-        newest.insert((&record.tier, &record.harm), record);
+type Newest<'a> = BTreeMap<(&'a str, &'a str), &'a Record>;
+
+fn newest(records: &[Record]) -> Newest<'_> {
+    let by = |record| (by_name(record), record);
+    records.iter().map(by).collect()
+}
+
+fn by_name(record: &Record) -> (&str, &str) {
+    (&record.tier, &record.harm)
+}
+
+/// A line for each of them.
+fn overview(newest: &Newest<'_>) -> String {
+    let mut text =
+        "| tier | kind | verdict | seconds | date | commit |\n|---|---|---|--:|---|---|".to_owned();
+    for ((tier, harm), Record { verdict, seconds, date, commit, .. }) in newest {
+        let _ = write!(text, "\n| {tier} | `{harm}` | {verdict} | {seconds} | {date} | {commit} |");
     }
+    text
+}
+
+/// What each of them said.
+fn figures(newest: &Newest<'_>) -> String {
     let mut text = String::new();
     for ((tier, harm), record) in newest {
         let counts: Vec<String> =

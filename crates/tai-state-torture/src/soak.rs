@@ -4,7 +4,7 @@
 mod tail;
 mod writers;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -37,8 +37,8 @@ pub(crate) struct Shared {
     written: AtomicBool,
     wrong: Mutex<Vec<String>>,
     matching: Mutex<tail::Matching>,
-    /// The newest fencing token that anybody had.
-    token: AtomicU64,
+    /// All fencing tokens that were granted to anybody.
+    tokens: Mutex<BTreeSet<u64>>,
     appended: AtomicU64,
     kills: AtomicU64,
     fenced: AtomicU64,
@@ -60,6 +60,22 @@ impl Shared {
 
     fn is_written(&self) -> bool {
         self.written.load(Ordering::SeqCst)
+    }
+
+    /// To be asked before a lock is: what is granted then is above it.
+    fn newest_token(&self) -> u64 {
+        self.tokens.lock().unwrap().last().copied().unwrap_or_default()
+    }
+
+    /// A token is above all that were known when its lock was asked for, and was granted to nobody else.
+    /// When it becomes known says nothing: its holder may have been late, and its lease over.
+    fn granted(&self, token: u64, newest: u64) {
+        if token <= newest {
+            self.wrong(format!("token {token} of a lock that was asked for after {newest}"));
+        }
+        if !self.tokens.lock().unwrap().insert(token) {
+            self.wrong(format!("token {token} was granted twice"));
+        }
     }
 
     fn wrong(&self, what: String) {

@@ -47,3 +47,11 @@ short_tier! {
     full_disk => "full-disk",
     volume => "volume",
 }
+
+/// docs/torture.md says what was recorded.
+#[test]
+fn page_is_up_to_date() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tai-state-torture"));
+    let ran = command.args(["page", "--check"]).output().unwrap();
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+}

@@ -77,15 +77,13 @@ pub(super) async fn holds(store: StateStore, mut random: Random, shared: Arc<Sha
     let manager = TransactionManager::new(&store);
     while !shared.is_over() {
         let wait = Duration::from_secs(2);
+        let newest = shared.newest_token();
         let lock = match manager.acquire_lock_within("soak", "holder", LEASE, wait).await {
             Ok(lock) => lock,
             Err(error) if error.is_transient() => continue,
             Err(error) => return shared.wrong(format!("a lock: {error}")),
         };
-        let newest = shared.token.fetch_max(lock.fencing_token, Ordering::SeqCst);
-        if newest >= lock.fencing_token {
-            shared.wrong(format!("token {} after {newest}", lock.fencing_token));
-        }
+        shared.granted(lock.fencing_token, newest);
         let fenced = store.fenced_by(&lock);
         let read = match store.get_state("held", "n").await {
             Ok((state, _)) => state.data.as_u64().unwrap_or(0),
@@ -115,15 +113,13 @@ pub(super) async fn holds(store: StateStore, mut random: Random, shared: Arc<Sha
 /// Every few seconds a process that holds the lock is killed: its lease has to end.
 pub(super) fn holders_die(store: &Store, mut random: Random, shared: &Shared) {
     while !shared.is_over() {
+        let newest = shared.newest_token();
         let holder =
             locks::running(store, "soak", &["--ttl", "500ms", "--wait", "20s"], locks::HOLD);
         // Its token, or that it waited in vain.
         let said = holder.next().unwrap_or_default();
         if let Ok(token) = said.parse::<u64>() {
-            let newest = shared.token.fetch_max(token, Ordering::SeqCst);
-            if newest >= token {
-                shared.wrong(format!("token {token} of a process after {newest}"));
-            }
+            shared.granted(token, newest);
             shared.holders_killed.fetch_add(1, Ordering::Relaxed);
         }
         holder.signal_all(Signal::KILL);
