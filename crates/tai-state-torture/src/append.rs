@@ -72,8 +72,8 @@ pub(crate) async fn run(run: &Run) -> Tally {
     let emulator = Engine::emulator(&mut tally, "list-append on the emulator").await;
     let mut least = [0, 0];
     for (round, mut random) in run.rounds(run.size(3, 30)) {
-        // The emulator keeps all that it was ever told in its memory, which one seed of a long run fills
-        // to a tenth.
+        // The emulator keeps all that it was ever told in its memory, which eight seeds of a long run
+        // have filled: then it answers in minutes.
         let own = match emulator {
             Some(_) if run.tier == Tier::Long => Emulator::own().await,
             _ => None,

@@ -41,12 +41,7 @@ fn text() -> String {
 type Newest<'a> = BTreeMap<(&'a str, &'a str), &'a Record>;
 
 fn newest(records: &[Record]) -> Newest<'_> {
-    let by = |record| (by_name(record), record);
-    records.iter().map(by).collect()
-}
-
-fn by_name(record: &Record) -> (&str, &str) {
-    (&record.tier, &record.harm)
+    records.iter().map(|record| ((record.tier.as_str(), record.harm.as_str()), record)).collect()
 }
 
 /// A line for each of them.
