@@ -415,7 +415,8 @@ fn judge(
 /// where the folder had been synced since the log was made, which the store does when it is opened.
 ///
 /// The log is folded into the file by the thread that has just committed, while another tells of that commit.
-/// So one acknowledgement may come after a sync that failed, if by then all of the log had been synced.
+/// So one acknowledgement may come after a sync that failed, if something was committed since the answer before
+/// it, and by then all of the log had been synced.
 fn told_after_failed_sync(outcome: &Outcome, folder: &str) -> Result<(), String> {
     let of_folder = |call: &&Call| is_sync(call) && call.file(0) == folder;
     let synced = outcome.calls.iter().filter(of_folder).filter(|call| !call.failed());
@@ -429,9 +430,10 @@ fn told_after_failed_sync(outcome: &Outcome, folder: &str) -> Result<(), String>
     told.sort_by_key(|(begun, _)| *begun);
     for failed in failed {
         let before = told.iter().filter(|(begun, _)| *begun < failed.ended);
+        let since = before.clone().map(|(begun, _)| *begun).max().unwrap_or(0);
         let text: Vec<u8> = before.flat_map(|(_, text)| text.clone()).collect();
         let may_be_told =
-            text.lines().count() + usize::from(is_all_synced(outcome, folder, failed));
+            text.lines().count() + usize::from(is_committed(outcome, folder, since, failed));
         let later = outcome.lines.get(may_be_told..).unwrap_or_default();
         if let Some(line) = later.iter().find(|line| line["ok"] == true) {
             return Err(format!("told after a failed sync: {line}"));
@@ -440,14 +442,15 @@ fn told_after_failed_sync(outcome: &Outcome, folder: &str) -> Result<(), String>
     Ok(())
 }
 
-/// Whether all of the log had been synced when this call began.
-fn is_all_synced(outcome: &Outcome, folder: &str, before: &Call) -> bool {
+/// Whether the log was written to since then, and all of it had been synced when this call began.
+fn is_committed(outcome: &Outcome, folder: &str, since: usize, before: &Call) -> bool {
     let log = format!("{folder}/{STORE}-wal");
     let on_the_log = outcome.calls.iter().filter(|call| {
         call.begun < before.begun
             && (is_sync(call) || call.name == "pwrite64")
             && call.file(0) == log
     });
+    let is_written = on_the_log.clone().any(|call| !is_sync(call) && call.begun > since);
     let latest = on_the_log.max_by_key(|call| call.ended);
-    latest.is_some_and(|call| is_sync(call) && !call.failed())
+    is_written && latest.is_some_and(|call| is_sync(call) && !call.failed())
 }
