@@ -348,12 +348,21 @@ fn build(path: &Path) -> Rows<()> {
             params![name, value, row_crc(&[&name, &value])],
         )?;
     }
-    let mode: String =
-        conn.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
+    let mode = keep_a_log(&conn)?;
     if mode != "wal" {
         return Err(corrupt("a new file", format!("journal mode {mode} instead of wal")));
     }
     conn.close().map_err(|(_, error)| error.into())
+}
+
+/// Has a write-ahead log kept, and says what is kept. That it is stands in the file, and this is committed only
+/// after the answer has come: who reads no further never learns that the commit has failed.
+fn keep_a_log(conn: &Connection) -> Rows<String> {
+    let mut statement = conn.prepare("PRAGMA journal_mode = WAL")?;
+    let mut answer = statement.query([])?;
+    let mode = answer.next()?.map_or(Ok(String::new()), |row| row.get(0))?;
+    while answer.next()?.is_some() {}
+    Ok(mode)
 }
 
 enum ProofError {
@@ -369,8 +378,7 @@ impl<E: Into<RowError>> From<E> for ProofError {
 
 /// Proves that the settings are in force and the tables are the ones that were made.
 fn prove(conn: &Connection, location: &str) -> Result<Identity, ProofError> {
-    let mode: String =
-        conn.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
+    let mode = keep_a_log(conn)?;
     let synchronous: i64 = conn.pragma_query_value(None, "synchronous", |row| row.get(0))?;
     if mode != "wal" || synchronous != 2 {
         let reason =
