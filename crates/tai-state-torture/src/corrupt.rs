@@ -18,6 +18,9 @@ use ask::{GOVERNORS, Truth, asked};
 /// Not so many that their log is folded into the file before it is damaged.
 const STATES: u64 = 80;
 const PAGE: usize = 4096;
+/// A log is a header and frames: a page with a header of its own.
+const LOG_HEADER: usize = 32;
+const FRAME: usize = 24 + PAGE;
 
 pub(crate) async fn run(run: &Run) -> Tally {
     let mut tally = Tally::default();
@@ -118,11 +121,12 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) -> (&'static str, String) {
             ("bits flipped", format!("bit {bit} of byte {at} flipped"))
         }
         10..=12 => {
-            let size = [1, 16, 512, PAGE][random.below(4) as usize];
+            let size = [1, 16, 512, PAGE, PAGE][random.below(5) as usize];
             let at = random.below(length - size as u64) as usize;
             let at = if random.percent(50) { at } else { at / size * size };
             bytes[at..at + size].fill(0);
-            ("stretches zeroed", format!("{size} bytes from {at} zeroed"))
+            let kind = if size == PAGE { "pages zeroed" } else { "stretches zeroed" };
+            (kind, format!("{size} bytes from {at} zeroed"))
         }
         13..=14 => {
             let to = random.below(length) as usize;
@@ -173,11 +177,14 @@ fn believed(path: &Path, truth: &Truth) -> bool {
 
 /// The log that a kill leaves behind: damage in it may cost the very last commit, which cannot be told
 /// from one that was cut short, and the one before it if that one's mark of being a commit is hit;
-/// nothing else in silence.
+/// nothing else in silence. A log that is cut short is cut within the last commits: what is left of one that
+/// is cut before is what it was before, and nothing in it says that there was more.
 async fn log(run: &Run, rounds: u64, tally: &mut Tally) {
     let folder = tempfile::tempdir().unwrap();
     let live = folder.path().join("live.tai");
     let (store, truth, before) = build(&live).await;
+    let beside = folder.path().join("live.tai-wal");
+    let log_before = std::fs::read(&beside).unwrap();
     // Two commits that may be lost, in a governor of their own.
     let mut hashes = vec![before];
     for n in 0..2 {
@@ -185,17 +192,36 @@ async fn log(run: &Run, rounds: u64, tally: &mut Tally) {
         hashes.push(store.verify(|_| {}).await.unwrap().content_hash.to_string());
     }
     let file = std::fs::read(&live).unwrap();
-    let log = std::fs::read(folder.path().join("live.tai-wal")).unwrap();
+    let log = std::fs::read(beside).unwrap();
+    // It may have begun anew, so that what was there is written over; the file does not get shorter.
+    let is_new = log.iter().zip(&log_before).position(|(now, before)| now != before);
+    let kept = is_new.unwrap_or(log_before.len());
+    assert!(kept < log.len());
     for (n, mut random) in run.rounds(rounds) {
         let mut damaged = log.clone();
         // One in four near the end, where the last commits are.
         let from = if random.percent(25) { log.len() - 60_000 } else { 0 };
         let at = from + random.below((log.len() - from) as u64) as usize;
-        let what = match random.below(3) {
-            0 => {
+        let what = match random.below(9) {
+            0..=2 => {
                 let end = (at + 600).min(log.len());
                 damaged[at..end].fill(0);
                 format!("log, round {n}: 600 bytes from {at} zeroed")
+            }
+            3 => {
+                let frames = ((log.len() - LOG_HEADER) / FRAME) as u64;
+                let mut frame = || LOG_HEADER + random.below(frames) as usize * FRAME;
+                let (a, b) = (frame(), frame());
+                damaged.copy_within(b..b + FRAME, a);
+                damaged[b..b + FRAME].copy_from_slice(&log[a..a + FRAME]);
+                tally.count("frames of the log swapped", 1);
+                format!("log, round {n}: frames at {a} and {b} swapped")
+            }
+            4 => {
+                let to = kept + random.below((log.len() - kept) as u64) as usize;
+                damaged.truncate(to);
+                tally.count("logs cut short", 1);
+                format!("log, round {n}: truncated to {to}")
             }
             _ => {
                 damaged[at] ^= 1 << random.below(8);

@@ -145,7 +145,8 @@ fn all_of(
     }
 }
 
-/// In which ways the n-th call fails: in all four where calls are few, else in turns.
+/// In which ways the n-th call fails: in all four where calls are few, else in two for what is written, and
+/// in one of the four, in turns, for what is read.
 fn ways(
     start: Start,
     kind: usize,
@@ -155,13 +156,13 @@ fn ways(
 ) -> Vec<(&'static str, bool)> {
     let all = [("EIO", false), ("ENOSPC", true), ("EIO", true), ("ENOSPC", false)];
     let (few, every) = if is_long { (150, 1) } else { (15, 3) };
-    let is_writing = start == Start::Closed && KINDS[kind].0 == "writes";
+    let is_writing = KINDS[kind].0 == "writes" && (is_long || start == Start::Closed);
     if most <= few {
         all.to_vec()
-    } else if is_writing && !is_long {
+    } else if is_writing {
         // Both errors, one of them once and the other for good.
         all[nth % 2 * 2..][..2].to_vec()
-    } else if is_writing || KINDS[kind].0 == "syncs" || nth <= 40 || nth.is_multiple_of(every) {
+    } else if KINDS[kind].0 == "syncs" || nth <= 40 || nth.is_multiple_of(every) {
         vec![all[nth % 4]]
     } else {
         Vec::new()
@@ -309,8 +310,13 @@ fn one(base: &Base, n: u64, case: &Case, tally: &mut Tally) {
         let _ = fs::rename(place.folder.path(), &kept);
         tally.broken(format!("{what}: {why}; exit {}, {}", outcome.exit, outcome.err.trim()));
     }
+    let Ok(found) = &again else { return };
     // The same run, of a program that says "done" where this one said that it failed.
-    if let (Ok(found), Some(first)) = (&again, first) {
+    if case.start == Start::Nothing && failed_syncs(&outcome, &folder).next().is_some() {
+        let made = Outcome { exit: 0, ..outcome };
+        let is_noticed = judge(base, case, &folder, &made, found).is_err();
+        tally.control(SWALLOWED, u64::from(is_noticed), 1, 1);
+    } else if let Some(first) = first {
         let mut swallowed = outcome;
         let said = swallowed.lines[first].take();
         swallowed.lines[first] = json!({"id": said["id"], "ok": true});
@@ -369,7 +375,12 @@ fn judge(
         }
     }
     if case.start == Start::Nothing {
-        return Ok(());
+        let of_store = |call: &&Call| call.name == "pwrite64" && call.file(0).starts_with(folder);
+        let writes = outcome.calls.iter().filter(of_store).filter(|call| call.failed());
+        return match failed_syncs(outcome, folder).chain(writes).next() {
+            Some(call) if outcome.exit == 0 => Err(format!("made, after a failure: {call:?}")),
+            _ => Ok(()),
+        };
     }
     let mut is_poisoned = false;
     for line in &outcome.lines {
@@ -409,26 +420,30 @@ fn judge(
     Ok(())
 }
 
-/// By the trace: no acknowledgement begins after a sync has failed.
+/// The syncs that failed.
 ///
 /// SQLite syncs the folder once more when a log is first synced, and passes over a failure. That is harmless
 /// where the folder had been synced since the log was made, which the store does when it is opened.
+fn failed_syncs<'a>(outcome: &'a Outcome, folder: &'a str) -> impl Iterator<Item = &'a Call> {
+    let of_folder = move |call: &&Call| is_sync(call) && call.file(0) == folder;
+    let synced = outcome.calls.iter().filter(of_folder).filter(|call| !call.failed());
+    let synced = synced.map(|call| call.ended).min().unwrap_or(usize::MAX);
+    let failed = outcome.calls.iter().filter(|call| is_sync(call) && call.failed());
+    failed.filter(move |call| !of_folder(call) || call.begun < synced)
+}
+
+/// By the trace: no acknowledgement begins after a sync has failed.
 ///
 /// The log is folded into the file by the thread that has just committed, while another tells of that commit.
 /// So one acknowledgement may come after a sync that failed, if something was committed since the answer before
 /// it, and by then all of the log had been synced.
 fn told_after_failed_sync(outcome: &Outcome, folder: &str) -> Result<(), String> {
-    let of_folder = |call: &&Call| is_sync(call) && call.file(0) == folder;
-    let synced = outcome.calls.iter().filter(of_folder).filter(|call| !call.failed());
-    let synced = synced.map(|call| call.ended).min().unwrap_or(usize::MAX);
-    let failed = outcome.calls.iter().filter(|call| is_sync(call) && call.failed());
-    let failed = failed.filter(|call| !of_folder(call) || call.begun < synced);
     // The answers one by one, as they went out.
     let answers =
         outcome.calls.iter().filter(|call| call.name == "write" && call.args[0].starts_with("1<"));
     let mut told: Vec<(usize, Vec<u8>)> = answers.map(|call| (call.begun, call.bytes(1))).collect();
     told.sort_by_key(|(begun, _)| *begun);
-    for failed in failed {
+    for failed in failed_syncs(outcome, folder) {
         let before = told.iter().filter(|(begun, _)| *begun < failed.ended);
         let since = before.clone().map(|(begun, _)| *begun).max().unwrap_or(0);
         let text: Vec<u8> = before.flat_map(|(_, text)| text.clone()).collect();

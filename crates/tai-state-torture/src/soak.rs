@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tai_state::Error;
+use tai_state::testing::emulator::Emulator;
 
 use crate::args::Tier;
 use crate::bank::money;
@@ -24,7 +25,11 @@ const LISTS: &str = "lists";
 const KEYS: u64 = 3;
 /// Processes that append; the first is never killed, so that its memory can be watched.
 const APPENDERS: u64 = 3;
-/// How often all of it is proved.
+/// The emulator keeps all that it was ever told in its memory and is slower and slower; so a long run goes on
+/// with a new one after so many seconds.
+const AN_EMULATOR_LASTS: u64 = 5 * 60;
+/// How often all of it is proved. A proof reads everything, so each tenth of a second it would be all that is
+/// done; in between the log of one state after the other is replayed and compared.
 const PROVED_EVERY: Duration = Duration::from_secs(10);
 /// The memory of a process may grow by so much from the middle of a run to its end.
 const GROWTH: f64 = 1.25;
@@ -138,27 +143,65 @@ pub(crate) async fn run(run: &Run) -> Tally {
     let mut tally = Tally::default();
     let emulator = Engine::emulator(&mut tally, "the soak on the emulator").await;
     let seconds = run.size(20, 30 * 60);
-    let watches_memory = run.tier == Tier::Long;
+    let is_long = run.tier == Tier::Long;
     for (_, mut random) in run.rounds(1) {
         let (one, two) = (random.split(), random.split());
         let parts = tokio::join!(
-            soaked(Some(Engine::File), seconds, one, watches_memory),
-            soaked(emulator, seconds, two, watches_memory),
+            soaked(Engine::File, seconds, one, is_long),
+            on_the_emulator(emulator, seconds, two, is_long),
         );
         tally.add(parts.0);
         tally.add(parts.1);
     }
+    for engine in [Some(Engine::File), emulator].into_iter().flatten() {
+        enough(engine, seconds, is_long, &mut tally);
+    }
     tally
 }
 
-async fn soaked(
-    engine: Option<Engine>,
+/// One emulator after the other in a long run.
+async fn on_the_emulator(
+    shared: Option<Engine>,
     seconds: u64,
     mut random: Random,
-    watches_memory: bool,
+    is_long: bool,
 ) -> Tally {
     let mut tally = Tally::default();
-    let Some(engine) = engine else { return tally };
+    let Some(shared) = shared else { return tally };
+    let mut left = seconds;
+    while left > 0 {
+        let own = if is_long { Emulator::own().await } else { None };
+        let engine = own.as_ref().map_or(shared, Engine::of);
+        let part = left.min(AN_EMULATOR_LASTS);
+        tally.add(soaked(engine, part, random.split(), is_long).await);
+        left -= part;
+    }
+    tally
+}
+
+/// With less than this the run says nothing. A long run follows as many events as the plan for the log asks.
+fn enough(engine: Engine, seconds: u64, is_long: bool, tally: &mut Tally) {
+    let of = |short, long| if is_long { long } else { short };
+    let (events, snapshots) = match engine {
+        Engine::Emulator(_) => (of(500, 5_000), of(20, 500)),
+        _ => (of(500, 100_000), of(20, 1_000)),
+    };
+    for (what, least) in [
+        ("events followed", events),
+        ("appends acknowledged", 5 * seconds),
+        ("fenced writes", seconds),
+        ("writers killed", seconds / 20),
+        ("logs replayed and compared", seconds),
+        ("snapshots saved", snapshots),
+        ("clean-ups", seconds / 20),
+        ("events cleaned up", seconds),
+    ] {
+        tally.at_least(&format!("{what} on {}", engine.name()), least);
+    }
+}
+
+async fn soaked(engine: Engine, seconds: u64, mut random: Random, watches_memory: bool) -> Tally {
+    let mut tally = Tally::default();
     let store = Arc::new(engine.store());
     let shared = Arc::new(Shared::default());
     let asked = Arc::new(Asked::default());
@@ -209,7 +252,7 @@ async fn soaked(
         }
         tally.count(&format!("events followed on {}", engine.name()), seen.events);
     }
-    judged(engine, &store, &shared, &asked, seconds, &mut tally).await;
+    judged(engine, &store, &shared, &asked, &mut tally).await;
     remembered(engine, &memory, watches_memory, &mut tally);
     tally
 }
@@ -245,14 +288,7 @@ async fn watched_until(
 }
 
 /// What stands in the store in the end, and what everyone was told.
-async fn judged(
-    engine: Engine,
-    store: &Store,
-    shared: &Shared,
-    asked: &Asked,
-    seconds: u64,
-    tally: &mut Tally,
-) {
+async fn judged(engine: Engine, store: &Store, shared: &Shared, asked: &Asked, tally: &mut Tally) {
     let what = engine.name();
     let is = |count: &AtomicU64| count.load(Ordering::Relaxed);
     let opened = store.open().await;
@@ -291,12 +327,6 @@ async fn judged(
     ] {
         tally.count(&format!("{name} on {what}"), count);
     }
-    tally.at_least(&format!("appends acknowledged on {what}"), 5 * seconds);
-    tally.at_least(&format!("fenced writes on {what}"), seconds);
-    tally.at_least(&format!("writers killed on {what}"), seconds / 20);
-    tally.at_least(&format!("logs replayed and compared on {what}"), seconds);
-    tally.at_least(&format!("clean-ups on {what}"), seconds / 20);
-    tally.at_least(&format!("events cleaned up on {what}"), seconds);
 }
 
 /// Whether memory stays what it was; too short a run cannot say.

@@ -1,11 +1,12 @@
-//! Long logs: however long they are, appending, paging, replaying, exporting, proving and loading take the
-//! same memory.
+//! Long logs: however long they are, appending, paging, following, replaying, exporting, proving, loading,
+//! saving a snapshot and cleaning up take the same memory.
 
 use std::collections::VecDeque;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tai_state::{Event, NewTransition, StateMachinePersister, StateStore};
+use tai_state::{CleanupOptions, Event, NewTransition, StateMachinePersister, StateStore};
 
 use crate::args::Tier;
 use crate::engine::{Engine, why};
@@ -13,7 +14,11 @@ use crate::run::{Run, Tally};
 use crate::tool;
 
 /// Each is a process of its own, so that its peak is its own.
-const STEPS: [&str; 6] = ["append", "pages", "replay", "export", "prove", "load"];
+const STEPS: [&str; 8] =
+    ["append", "pages", "follow", "replay", "export", "prove", "load", "snapshot"];
+/// Comes last, since it leaves little.
+const CLEAN_UP: &str = "clean up";
+const KEPT: u64 = 10;
 /// Reads all events and keeps them: what the others must not do.
 const HOARD: &str = "hoard";
 /// MiB that a process may take, whatever it does.
@@ -28,6 +33,9 @@ const ON_THE_EMULATOR: u64 = 20_000;
 /// emulator a peak may grow by this part of what keeping all events takes in the same run.
 const OF_WHAT_IS_KEPT: u64 = 4;
 const IN_FLIGHT: usize = 512;
+/// What a million events must be replayed at, and how soon a state is there that has a saved snapshot.
+const REPLAYED_A_SECOND: f64 = 200_000.0;
+const LOADED_WITHIN: Duration = Duration::from_secs(1);
 const STATE: (&str, &str) = ("g", "long");
 const CONTROL: &str = "a reader that keeps what it has read takes more memory";
 
@@ -50,14 +58,22 @@ fn grows(engine: Engine, most: u64, tally: &mut Tally) {
     let name = engine.name();
     let (short, long) = (engine.store(), engine.store());
     let mut of = |step: &str| {
-        let (few, many) = (taken(step, &short.url, most / 10), taken(step, &long.url, most));
+        let (few, _) = taken(step, &short.url, most / 10);
+        let (many, took) = taken(step, &long.url, most);
         tally.highest(&format!("MiB at most for {step} on {name}"), many.div_ceil(1_024));
-        println!("  {step} on {name}: {few} KiB for {}, {many} KiB for {most}", most / 10);
+        println!(
+            "  {step} on {name}: {few} KiB for {}, {many} KiB for {most} in {took:?}",
+            most / 10
+        );
+        if engine == Engine::File {
+            soon_enough(step, most, took, tally);
+        }
         (few, many)
     };
     let is_more = |few: u64, many: u64| many as f64 > few as f64 * GROWTH + NOISE_KIB;
-    let peaks: Vec<_> = STEPS.iter().map(|step| (step, of(step))).collect();
+    let mut peaks: Vec<_> = STEPS.iter().map(|step| (*step, of(step))).collect();
     let (few, many) = of(HOARD);
+    peaks.push((CLEAN_UP, of(CLEAN_UP)));
     tally.control(CONTROL, u64::from(is_more(few, many)), 1, 1);
     let kept = many.saturating_sub(few);
     for (step, (few, many)) in peaks {
@@ -73,16 +89,33 @@ fn grows(engine: Engine, most: u64, tally: &mut Tally) {
     }
 }
 
-/// The peak of a process that does this, in KiB.
-fn taken(step: &str, url: &str, events: u64) -> u64 {
+/// How fast it has to be in a file, the opening included.
+fn soon_enough(step: &str, events: u64, took: Duration, tally: &mut Tally) {
+    let rate = events as f64 / took.as_secs_f64();
+    match step {
+        "replay" => {
+            tally.count("events replayed a second", rate as u64);
+            tally
+                .holds(rate >= REPLAYED_A_SECOND, || format!("{rate:.0} events replayed a second"));
+        }
+        "load" => {
+            tally.highest("ms at most to load a state", took.as_millis() as u64);
+            tally.holds(took <= LOADED_WITHIN, || format!("a state was loaded in {took:?}"));
+        }
+        _ => {}
+    }
+}
+
+/// The peak of a process that does this, in KiB, and how long it took.
+fn taken(step: &str, url: &str, events: u64) -> (u64, Duration) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     tool::apart(&mut command);
     command.args(["volume-step", step, url, &events.to_string()]);
     let ran = tool::ran(command, b"");
     let parts: Vec<u64> = ran.out.split_whitespace().filter_map(|part| part.parse().ok()).collect();
-    let [done, peak] = parts[..] else { panic!("{step} on {url}: {ran:?}") };
+    let [done, peak, took] = parts[..] else { panic!("{step} on {url}: {ran:?}") };
     assert_eq!(done, events, "{step} on {url}");
-    peak
+    (peak, Duration::from_micros(took))
 }
 
 /// The most that this process has taken, in KiB.
@@ -90,8 +123,9 @@ fn peak() -> Option<u64> {
     tool::memory("self", "VmHWM")
 }
 
-/// The process that does it: prints how many events it met, and its peak.
+/// The process that does it: prints how many events it met, its peak and how many microseconds it took.
 pub(crate) async fn step(name: &str, url: &str, events: u64) {
+    let started = Instant::now();
     let store = StateStore::connect(url).await.unwrap();
     let persister = StateMachinePersister::with_defaults(&store);
     let (governor, state) = STATE;
@@ -106,13 +140,26 @@ pub(crate) async fn step(name: &str, url: &str, events: u64) {
             report.events
         }
         "load" => persister.load_state(governor, state).await.unwrap().0.version,
+        "snapshot" => persister.save_snapshot(governor, state).await.unwrap(),
+        "follow" => {
+            let mut feed = store.watch(governor, state).unwrap();
+            let mut last = 0;
+            while last < events {
+                last = feed.next().await.unwrap().version();
+            }
+            last
+        }
+        CLEAN_UP => {
+            let options = CleanupOptions::older_than(Duration::ZERO).keep_versions(KEPT);
+            persister.cleanup(governor, &options, |_| {}).await.unwrap().events + KEPT
+        }
         _ => {
             let mut kept = Vec::new();
             pages(&store, |page| kept.extend(page)).await;
             kept.len() as u64
         }
     };
-    println!("{met} {}", peak().unwrap());
+    println!("{met} {} {}", peak().unwrap(), started.elapsed().as_micros());
 }
 
 async fn pages(store: &StateStore, mut each: impl FnMut(Vec<Event>)) -> u64 {

@@ -276,6 +276,22 @@ fn reads() -> Vec<Case> {
         "load": Whole, seeded, |p| p.persister().load_state(&p.governor, "a").await;
         "replay": Whole, seeded, |p| p.persister().replay(&p.governor, "a", |_| Ok(())).await;
         "prove": Whole, seeded, |p| p.store.validate_consistency(&p.governor).await;
+        "prove one state": Whole, seeded, |p| p.store.validate_state(&p.governor, "a").await;
+        "events between": Whole, seeded, |p| {
+            let (state, _) = p.store.get_state(&p.governor, "a").await?;
+            let to = state.timestamp;
+            let mut events = p.store.events_between(&p.governor, "a", to - Duration::from_secs(60), to).await?;
+            events.next_page().await
+        };
+        "one event": Whole, seeded, |p| p.store.event(&p.governor, "a", 2).await;
+        "compare a copy": Whole, seeded, |p| {
+            let (copy, _) = p.store.get_state(&p.governor, "a").await?;
+            EventualConsistency::new().check(&p.store, &p.governor, &copy).await
+        };
+        "purge, and look after it": Steps, seeded, |p| {
+            let purge = p.persister().purge(&p.governor, "b", why(), |_| {}).await?;
+            p.persister().verify_purge(&purge).await
+        };
         "saved snapshots": Whole, seeded, |p| p.persister().saved_snapshots(&p.governor, "a").await;
         "an audit": Whole, seeded, |p| {
             let governor = p.governor.as_str();

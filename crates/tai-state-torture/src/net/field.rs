@@ -22,6 +22,9 @@ pub(super) struct Field {
     pub(super) deadline: Duration,
     pub(super) attempt: Duration,
     is_over: AtomicBool,
+    /// What answers may be another store than the one that was opened; and how often a call was told so.
+    is_replaced: AtomicBool,
+    told_so: AtomicU64,
     /// How often each workload has succeeded.
     done: watch::Sender<[u64; 3]>,
     calls: AtomicU64,
@@ -37,6 +40,8 @@ impl Field {
             deadline,
             attempt,
             is_over: AtomicBool::new(false),
+            is_replaced: AtomicBool::new(false),
+            told_so: AtomicU64::new(0),
             done: watch::Sender::new([0; 3]),
             calls: AtomicU64::new(0),
             longest: AtomicU64::new(0),
@@ -51,6 +56,16 @@ impl Field {
 
     pub(super) fn end(&self) {
         self.is_over.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on what answers may be another store.
+    pub(super) fn replaced(&self) {
+        self.is_replaced.store(true, Ordering::SeqCst);
+    }
+
+    /// How many calls were told that it is.
+    pub(super) fn told_so(&self) -> u64 {
+        self.told_so.load(Ordering::SeqCst)
     }
 
     pub(super) fn now(&self, what: &str) {
@@ -95,7 +110,11 @@ impl Field {
     /// An error that a fault may cause; another is a broken promise. A breath, so that what fails at once
     /// does not fail a thousand times.
     pub(super) async fn failed(&self, what: &str, error: &Error) {
+        let is_replaced =
+            self.is_replaced.load(Ordering::SeqCst) && matches!(error, Error::StoreReplaced { .. });
+        self.told_so.fetch_add(u64::from(is_replaced), Ordering::SeqCst);
         let is_fair = error.is_transient()
+            || is_replaced
             || matches!(error, Error::OutcomeUnknown { .. } | Error::LockLost { .. });
         if !is_fair {
             self.broken(format!("{what}: {error}"));

@@ -1,4 +1,4 @@
-//! SIGKILL of the service, and its return without its documents on the same port.
+//! SIGKILL of the service while everything goes on, and its return without its documents on the same port.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,10 +9,15 @@ use tai_state::{
     Error, FirestoreStore, ListOptions, NewTransition, StateMachinePersister, StateStore,
     TransactionManager,
 };
+use tokio::task::JoinSet;
 
+use super::append::Append;
+use super::bank::Bank;
 use super::field::Field;
+use super::locks::Locks;
 use super::{BACK, open, options, snapshot, why};
-use crate::run::Tally;
+use crate::random::Random;
+use crate::run::{Run, Tally};
 
 const ATTEMPT: Duration = Duration::from_millis(500);
 const DEADLINE: Duration = Duration::from_millis(1_500);
@@ -54,12 +59,22 @@ async fn calls(field: &Field, store: &StateStore) -> Vec<(&'static str, Result<(
     told
 }
 
-pub(super) async fn run(emulator: &Arc<Emulator>, tally: &mut Tally) {
+pub(super) async fn run(run: &Run, emulator: &Arc<Emulator>, tally: &mut Tally) {
     let project = fresh_project();
     let options = options(8, ATTEMPT, DEADLINE);
     let store = open(emulator.address(), &project, options.clone()).await;
     store.save_state("g", "s", snapshot("s", json!(1)), why()).await.unwrap();
-    let field = Field::new(DEADLINE, ATTEMPT);
+    let field = Arc::new(Field::new(DEADLINE, ATTEMPT));
+    // Money, lists and locks, in the midst of which it dies.
+    let mut handles = Vec::new();
+    for _ in 0..2 {
+        handles.push(open(emulator.address(), &project, options.clone()).await);
+    }
+    let (mut random, mut tasks) = (Random::new(run.seed), JoinSet::new());
+    Bank::open(&store).await.start(&field, &handles, &mut random, &mut tasks);
+    Arc::<Append>::default().start(&field, &handles, &mut random, &mut tasks);
+    Arc::<Locks>::default().start(&field, &handles, &mut random, &mut tasks);
+    field.back_again().await;
 
     field.now("the service is dead");
     emulator.kill().unwrap();
@@ -69,7 +84,10 @@ pub(super) async fn run(emulator: &Arc<Emulator>, tally: &mut Tally) {
         tally.holds(told.as_ref().is_err_and(is_fair), || format!("dead: {what}: {told:?}"));
     }
 
+    // What was on its way has been answered by now.
+    let done = field.done();
     field.now("the service came back empty");
+    field.replaced();
     emulator.restart().await.unwrap();
     let started = Instant::now();
     for (what, told) in calls(&field, &store).await {
@@ -90,6 +108,17 @@ pub(super) async fn run(emulator: &Arc<Emulator>, tally: &mut Tally) {
     tally.holds(matches!(found, Err(Error::NotAStore { .. })), || {
         format!("an emptied service was made a store again: {found:?}")
     });
+    // Nor does anything that went on all the while get through, whatever it tries next.
+    tokio::time::sleep(2 * DEADLINE).await;
+    field.end();
+    while let Some(ended) = tasks.join_next().await {
+        tally.holds(ended.is_ok(), || "gone: a task panicked".to_owned());
+    }
+    tally.holds(field.done() == done, || {
+        format!("an emptied service did as it was told: {done:?}, then {:?}", field.done())
+    });
+    tally.count("calls of money, lists and locks told that it was emptied", field.told_so());
+    tally.at_least("calls of money, lists and locks told that it was emptied", 20);
     field.judge(tally);
     // A client that opens anew whatever it finds, and is told of nothing.
     let anew = open(emulator.address(), &project, options).await;

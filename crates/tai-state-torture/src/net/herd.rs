@@ -13,8 +13,10 @@ use super::{busiest, is_short, snapshot, why};
 use crate::run::{Run, Tally};
 
 const CLIENTS: u64 = 1_000;
-/// What healing may bring within 100 ms, in hundredths of the mean.
+/// What healing may bring within 100 ms, in hundredths of the mean; and what it brings at least where nobody
+/// waits a part that is drawn.
 pub(super) const MOST: u64 = 300;
+const HERD: u64 = 1_000;
 
 /// Drawn of each wait.
 const DRAWS: usize = 5_000;
@@ -31,7 +33,7 @@ pub(super) async fn storm(run: &Run, tally: &mut Tally) {
     tally.highest("hundredths of the mean in the busiest 100 ms of 1,000 clients", spread);
     tally.holds(spread <= MOST, || format!("1,000 clients: {spread} % of the mean at once"));
     println!("  1,000 clients, {away:?} away: {spread} % of the mean, {at_once} % without jitter");
-    tally.control("clients that wait without jitter", u64::from(at_once > MOST), 1, 1);
+    tally.control("clients that wait without jitter", u64::from(at_once >= HERD), 1, 1);
 }
 
 /// The busiest 100 ms after so long a storm.

@@ -52,7 +52,7 @@ pub(crate) async fn run(run: &Run) -> Tally {
     part("fault after fault");
     faults::run(run, &emulator, &mut tally).await;
     part("the service is gone");
-    gone::run(&emulator, &mut tally).await;
+    gone::run(run, &emulator, &mut tally).await;
     tally
 }
 

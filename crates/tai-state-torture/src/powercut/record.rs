@@ -22,6 +22,9 @@ pub(super) const STORE: &str = "store.tai";
 /// So many transactions fill the log until a checkpoint empties it and it begins anew.
 const ENOUGH: u64 = 160;
 
+/// So few that a log comes to the version at which a snapshot of it is saved.
+const ACCOUNTS: u64 = 4;
+
 /// What is written beside the traces, so that they can be read again.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Notes {
@@ -117,8 +120,8 @@ pub(super) fn replayed(place: &Path, image: &Image, trace: &Path) -> Vec<Event> 
 
 /// Two accounts change by the same amount, and a third state of its own is made: all or nothing.
 fn transfer(id: &str, random: &mut Random) -> (String, Vec<String>) {
-    let from = random.below(8);
-    let to = (from + 1 + random.below(7)) % 8;
+    let from = random.below(ACCOUNTS);
+    let to = (from + 1 + random.below(ACCOUNTS - 1)) % ACCOUNTS;
     let amount = 1 + random.below(100);
     let states = vec![format!("bank/a{from}"), format!("bank/a{to}"), format!("transfer/{id}")];
     let text = "x".repeat(random.below(400) as usize);

@@ -20,6 +20,7 @@ const LEASE: Duration = Duration::from_secs(1);
 const FORGOTTEN: u64 = 10;
 /// So many versions are kept of each state, so that whoever follows is never too late.
 const KEPT: u64 = 150;
+const SAVED_AT_ONCE: usize = 6;
 
 /// Appends by a process; of a hundred transactions so many end with the death of it.
 pub(super) fn appends(
@@ -137,16 +138,19 @@ pub(super) async fn tidies(store: StateStore, mut random: Random, shared: Arc<Sh
     while !shared.is_over() {
         tokio::time::sleep(Duration::from_millis(500)).await;
         turn += 1;
-        let list = format!("l{}", random.below(KEYS));
-        let account = money::account(random.below(money::ACCOUNTS));
-        for (governor, state) in [(LISTS, list), (money::BANK, account)] {
-            let saved = persister.save_snapshot(governor, &state).await;
-            shared.allowed("a snapshot", saved.map(drop));
+        for state in 0..SAVED_AT_ONCE {
+            let (governor, state) = match state % 2 {
+                0 => (LISTS, format!("l{}", random.below(KEYS))),
+                _ => (money::BANK, money::account(random.below(money::ACCOUNTS))),
+            };
+            match persister.save_snapshot(governor, &state).await {
+                Ok(_) => drop(shared.snapshots.fetch_add(1, Ordering::Relaxed)),
+                Err(error) => shared.allowed("a snapshot", Err(error)),
+            }
             if random.percent(30) {
                 let pruned = persister.prune_snapshots(governor, &state, 1).await;
                 shared.allowed("pruning", pruned.map(drop));
             }
-            shared.snapshots.fetch_add(1, Ordering::Relaxed);
         }
         if turn % 6 == 0 {
             for governor in [LISTS, money::BANK, "held"] {
