@@ -22,6 +22,8 @@ use crate::tool;
 
 const STORE: &str = "store.tai";
 const WORKERS: usize = 3;
+/// The calls that give a file a name.
+const NAMING: &str = "rename,renameat,renameat2,link,linkat";
 /// A made-up acknowledgement instead of the error.
 const SWALLOWED: &str = "an error that is swallowed and answered with \"done\"";
 
@@ -32,7 +34,7 @@ const KINDS: [(&str, &str, bool); 7] = [
     ("syncs", "fsync,fdatasync", false),
     ("truncations", "ftruncate", false),
     ("removals", "unlink,unlinkat", false),
-    ("names", "rename,renameat,renameat2,link,linkat", false),
+    ("names", NAMING, false),
     ("openings", "openat", true),
     ("readings", "pread64", true),
 ];
@@ -248,7 +250,7 @@ fn attempt(base: &Base, case: &Case, place: &Place) -> Outcome {
     let trace = place.folder.path().join("trace");
     let (_, calls, only_ours) = KINDS[case.kind];
     let when = if case.for_good { "+" } else { "" };
-    let traced = format!("trace=write,pwrite64,fsync,fdatasync,{calls}");
+    let traced = format!("trace=write,pwrite64,fsync,fdatasync,{NAMING},{calls}");
     let inject = format!("inject={calls}:error={}:when={}{when}", case.error, case.nth);
     // Only what is traced stops the process, and of what is written only the answers are read: the
     // longest is far shorter than this.
@@ -422,14 +424,19 @@ fn judge(
 
 /// The syncs that failed.
 ///
-/// SQLite syncs the folder once more when a log is first synced, and passes over a failure. That is harmless
-/// where the folder had been synced since the log was made, which the store does when it is opened.
+/// SQLite syncs the folder once more when a journal or a log is first synced, and passes over a failure. That is
+/// harmless before a new store has its name, and where the folder had been synced since its log was made,
+/// which the store does when it is opened.
 fn failed_syncs<'a>(outcome: &'a Outcome, folder: &'a str) -> impl Iterator<Item = &'a Call> {
     let of_folder = move |call: &&Call| is_sync(call) && call.file(0) == folder;
+    // What existed before had its name from the beginning.
+    let naming =
+        outcome.calls.iter().filter(|call| NAMING.split(',').any(|name| name == call.name));
+    let named = naming.filter(|call| !call.failed()).map(|call| call.ended).min().unwrap_or(0);
     let synced = outcome.calls.iter().filter(of_folder).filter(|call| !call.failed());
-    let synced = synced.map(|call| call.ended).min().unwrap_or(usize::MAX);
+    let synced = synced.map(|call| call.ended).filter(|at| *at > named).min().unwrap_or(usize::MAX);
     let failed = outcome.calls.iter().filter(|call| is_sync(call) && call.failed());
-    failed.filter(move |call| !of_folder(call) || call.begun < synced)
+    failed.filter(move |call| !of_folder(call) || (named..synced).contains(&call.begun))
 }
 
 /// By the trace: no acknowledgement begins after a sync has failed.

@@ -264,6 +264,78 @@ async fn one_damage_never_makes_a_wrong_state() {
     }
 }
 
+/// Saved snapshots alone, the one that would be used: whatever becomes of it the state is the same, and the
+/// report names it. One that says it is of a newer format is refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_damaged_snapshot_changes_nothing() {
+    let mut random = Random::announced("one_damaged_snapshot_changes_nothing");
+    let folder = tempfile::tempdir().unwrap();
+    for (name, backend) in every_backend(folder.path()).await {
+        let truth = build(&backend).await;
+        let mut newest: BTreeMap<String, Document> = BTreeMap::new();
+        for document in all_documents(&backend, &truth).await {
+            let id = document.key.name.as_str().to_owned();
+            let is_gone = truth[id.as_str()].values().next_back().unwrap().is_null();
+            if document.key.kind == Kind::Snapshots && !is_gone {
+                // They come in the order of their versions.
+                newest.insert(id, document);
+            }
+        }
+        let newest: Vec<Document> = newest.into_values().collect();
+        // Firestore keeps fields and no text, so nothing of it can be cut off.
+        let (flips, cuts) = if name == "emulator" { (100, 0) } else { (1_000, 64) };
+        let (mut done, mut named, mut newer) = ([0, 0], 0, 0);
+        while done != [flips, cuts] {
+            let document = &newest[random.below(newest.len() as u64) as usize];
+            let text = document.body.as_text();
+            let is_cut = done[0] == flips;
+            let damaged = if is_cut {
+                text.get(..random.below(text.len() as u64) as usize).map(str::to_owned)
+            } else {
+                let mut bytes = text.as_bytes().to_vec();
+                let byte = random.below(bytes.len() as u64) as usize;
+                bytes[byte] ^= 1 << random.below(7);
+                String::from_utf8(bytes).ok()
+            };
+            // An engine may refuse to keep it.
+            let Some(damaged) = damaged else { continue };
+            if !put(&backend, &document.key, &damaged).await {
+                continue;
+            }
+            done[usize::from(is_cut)] += 1;
+            let (id, version) = (document.key.name.as_str(), document.key.version);
+            let (last, data) = truth[id].iter().next_back().unwrap();
+            let context = format!("{name}: {id} v{version}: {damaged}");
+            if is_newer(&backend, std::slice::from_ref(&document.key)).await {
+                let refused = fresh(&backend).1.load_state("g", id).await;
+                assert!(
+                    matches!(refused, Err(Error::NewerFormat { .. })),
+                    "{context}: {refused:?}"
+                );
+                newer += 1;
+                assert!(put(&backend, &document.key, text).await);
+                continue;
+            }
+            let (state, _) = fresh(&backend).1.load_state("g", id).await.expect(&context);
+            assert_eq!((&state.data, state.version), (data, *last), "WRONG STATE: {context}");
+            let (state, report) = fresh(&backend).1.recover("g", id).await.expect(&context);
+            assert_eq!(&state.unwrap().data, data, "WRONG STATE: {context}");
+            let is_named = report.passed_over.iter().any(|passed| passed.version == version);
+            // Some say the same in other letters.
+            assert!(is_named || (!is_cut && report.passed_over.is_empty()), "{context}");
+            named += u64::from(is_named);
+            assert!(put(&backend, &document.key, text).await);
+        }
+        println!(
+            "{name}: {done:?} bits flipped and cut off, {named} named, {newer} of a newer format and \
+             refused, all states right"
+        );
+        assert!(named > (flips + cuts) * 3 / 4, "{name}: {named} are named");
+        let report = fresh(&backend).0.verify(|_| {}).await.unwrap();
+        assert!(report.ok, "{:?}", report.problems);
+    }
+}
+
 /// The rules of recovery, one by one, with what the report says.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_source_falls_back_to_the_next() {
@@ -315,6 +387,17 @@ async fn each_source_falls_back_to_the_next() {
         let report = recover().await;
         assert_eq!((report.base, report.passed_over.len()), (RecoveryBase::SavedSnapshot(30), 1));
         assert_eq!(read(&backend, &saved(40)).await.body, right.body, "{name}");
+        // One that is sound in itself, of a version that this log has not come to.
+        for n in 48..=57 {
+            other.save_state("g", "s", snapshot("s", json!(n)), why()).await.unwrap();
+        }
+        let beyond = read(&elsewhere, &saved(50)).await;
+        assert!(put(&backend, &saved(50), beyond.body.as_text()).await);
+        let (state, _) = fresh(&backend).1.load_state("g", "s").await.unwrap();
+        assert_eq!((state.data, state.version), (json!(47), 47), "{name}");
+        assert_eq!(recover().await.base, RecoveryBase::SavedSnapshot(40), "{name}");
+        assert!(!fresh(&backend).0.verify(|_| {}).await.unwrap().ok, "{name}");
+        remove(&backend, &saved(50)).await;
 
         // Heads: missing, damaged, an old one.
         let place = key(Kind::States, "s", 0);
