@@ -16,6 +16,13 @@ use crate::tool;
 /// Each is a process of its own, so that its peak is its own.
 const STEPS: [&str; 8] =
     ["append", "pages", "follow", "replay", "export", "prove", "load", "snapshot"];
+/// Those that can be done again.
+const READS: [&str; 7] = ["pages", "follow", "replay", "export", "prove", "load", "snapshot"];
+/// How often such a step is looked at before it is said to grow. How far a reader is ahead of what is done with
+/// its pages changes from one process to the next, by up to 12 MiB, whatever the length of the log (`prove`
+/// took 20 to 32 MiB seven times each on 100,000 and on 1,000,000 events); what grows with the log does so
+/// each time. The least of each length counts.
+const LOOKS: u64 = 3;
 /// Comes last, since it leaves little.
 const CLEAN_UP: &str = "clean up";
 const KEPT: u64 = 10;
@@ -57,7 +64,7 @@ pub(crate) async fn run(run: &Run) -> Tally {
 fn grows(engine: Engine, most: u64, tally: &mut Tally) {
     let name = engine.name();
     let (short, long) = (engine.store(), engine.store());
-    let mut of = |step: &str| {
+    let of = |step: &str, tally: &mut Tally| {
         let (few, _) = taken(step, &short.url, most / 10);
         let (many, took) = taken(step, &long.url, most);
         tally.highest(&format!("MiB at most for {step} on {name}"), many.div_ceil(1_024));
@@ -65,26 +72,36 @@ fn grows(engine: Engine, most: u64, tally: &mut Tally) {
             "  {step} on {name}: {few} KiB for {}, {many} KiB for {most} in {took:?}",
             most / 10
         );
+        tally
+            .holds(many <= MOST << 10 || step == HOARD, || format!("{step} on {name}: {many} KiB"));
         if engine == Engine::File {
             soon_enough(step, most, took, tally);
         }
         (few, many)
     };
     let is_more = |few: u64, many: u64| many as f64 > few as f64 * GROWTH + NOISE_KIB;
-    let mut peaks: Vec<_> = STEPS.iter().map(|step| (*step, of(step))).collect();
-    let (few, many) = of(HOARD);
-    peaks.push((CLEAN_UP, of(CLEAN_UP)));
+    let mut peaks: Vec<_> = STEPS.iter().map(|step| (*step, of(step, tally))).collect();
+    let (few, many) = of(HOARD, tally);
     tally.control(CONTROL, u64::from(is_more(few, many)), 1, 1);
     let kept = many.saturating_sub(few);
+    let grew = |(few, many): (u64, u64)| match engine {
+        Engine::Emulator(_) => many.saturating_sub(few) > kept / OF_WHAT_IS_KEPT,
+        _ => is_more(few, many),
+    };
+    for (step, peak) in &mut peaks {
+        for _ in 1..if READS.contains(step) { LOOKS } else { 1 } {
+            if grew(*peak) {
+                tally.count("looks again at a peak", 1);
+                let (few, many) = of(step, tally);
+                *peak = (peak.0.min(few), peak.1.min(many));
+            }
+        }
+    }
+    peaks.push((CLEAN_UP, of(CLEAN_UP, tally)));
     for (step, (few, many)) in peaks {
-        let grew = match engine {
-            Engine::Emulator(_) => many.saturating_sub(few) > kept / OF_WHAT_IS_KEPT,
-            _ => is_more(few, many),
-        };
-        tally.holds(!grew, || {
+        tally.holds(!grew((few, many)), || {
             format!("{step} on {name}: {few} KiB for {} events, {many} for {most}", most / 10)
         });
-        tally.holds(many <= MOST << 10, || format!("{step} on {name}: {many} KiB"));
         tally.count(&format!("steps over {most} events on {name}"), 1);
     }
 }

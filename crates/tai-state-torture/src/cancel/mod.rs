@@ -3,6 +3,7 @@
 
 mod cases;
 mod ended;
+mod whole;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -54,6 +55,17 @@ impl Engine {
         }
     }
 
+    /// One of the same kind that nothing else is in.
+    fn another(&self) -> Self {
+        match self {
+            Self::Memory(_) => Self::Memory(Arc::new(MemoryBackend::new())),
+            Self::File(path) => Self::File(path.with_file_name("another.tai")),
+            Self::Emulator { address, .. } => {
+                Self::Emulator { address: address.clone(), project: fresh_project() }
+            }
+        }
+    }
+
     async fn open(&self) -> Result<StateStore, Error> {
         match self {
             Self::Memory(backend) => {
@@ -96,6 +108,7 @@ pub(crate) async fn run(run: &Run) -> Tally {
             parts.spawn(async move {
                 let mut tally = Tally::default();
                 round(n, &engine, every, &mut random, &mut tally).await;
+                whole::run(n, &engine, every, &mut random, &mut tally).await;
                 ended::run(n, &engine, &mut random, &mut tally).await;
                 tally
             });
@@ -110,6 +123,7 @@ pub(crate) async fn run(run: &Run) -> Tally {
     }
     tally.at_least("calls dropped", 250 * rounds);
     tally.at_least("of them after their first poll", 120 * rounds);
+    tally.at_least("calls over a whole store", 6 * rounds);
     tally.at_least("runtimes ended in the middle", 20 * rounds);
     let panics = panics() - before;
     tally.count("panics", panics);
