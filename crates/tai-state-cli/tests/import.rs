@@ -22,6 +22,7 @@ on_every_engine!(
     gzip_from_a_slow_pipe,
     times_are_kept_and_never_go_back,
     deletions_go_through,
+    a_purge_of_what_is_deleted_goes_through,
     a_bad_line_is_named_and_lines_before_it_stay,
     damaged_gzip_is_named_and_lines_before_it_stay,
     racing_imports_double_nothing,
@@ -226,6 +227,26 @@ fn deletions_go_through(engine: Engine) {
     let again = nothing.to_string().replace("00:00:00", "00:00:01");
     let ran = copy.feed(&["-o", "json", "import", "-"], again.as_bytes());
     assert_eq!((ran.exit, &ran.error()["line"]), (3, &json!(1)), "{ran:?}");
+}
+
+/// What one store tells of a purge another takes in, also of a state that was deleted in both.
+fn a_purge_of_what_is_deleted_goes_through(engine: Engine) {
+    let store = engine.place();
+    store.feed(&["import", "-"], line("a", 1, 1).as_bytes()).ok();
+    store.run(&["rm", "g/a"]).ok();
+    let copy = engine.place();
+    copy.feed(&["import", "-"], store.run(&["export"]).ok().out.as_bytes()).ok();
+    store.run(&["purge", "g/a", "--yes"]).ok();
+    store.run(&["put", "g/a", "--data", "2", "--expect", "0"]).ok();
+    let exported = store.run(&["export"]).ok().out;
+    for strict in [&["--strict"][..], &[]] {
+        let arguments = [&["-o", "json", "import", "-"], strict].concat();
+        let summary = copy.feed(&arguments, exported.as_bytes()).ok().json();
+        assert_eq!(summary["applied"], if strict.is_empty() { 0 } else { 2 }, "{summary}");
+    }
+    let state = copy.json(&["get", "g/a"]).ok().json();
+    assert_eq!((&state["data"], &state["version"]), (&json!(2), &json!(4)));
+    copy.verified();
 }
 
 fn a_bad_line_is_named_and_lines_before_it_stay(engine: Engine) {

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 on_every_engine!(
     an_old_file_taken_in_again_after_a_clean_up_changes_nothing,
+    what_was_not_taken_in_yet_goes_in_after_a_clean_up,
     an_own_export_taken_in_again_after_a_clean_up_changes_nothing,
     a_purged_state_is_not_brought_back_by_an_old_file,
 );
@@ -57,6 +58,29 @@ fn an_old_file_taken_in_again_after_a_clean_up_changes_nothing(engine: Engine) {
         assert_eq!(taken_in(&store, &new)[0], 1, "{kept} kept");
         assert_eq!(taken_in(&store, &new)[0], 0, "{kept} kept");
         is(&store, 5);
+    }
+}
+
+/// Only what stands before the line of the first event that is kept may have been removed, whatever the times are.
+fn what_was_not_taken_in_yet_goes_in_after_a_clean_up(engine: Engine) {
+    let equal: Vec<String> = (1..=6).map(|n| line(1, n)).collect();
+    let falling = vec![line(10, 1), line(5, 2), line(6, 3), line(7, 4), line(7, 4), line(7, 4)];
+    for (lines, first) in [(&equal, 3), (&falling, 2), (&falling, 5)] {
+        let store = engine.store();
+        let begun = store.write("begun.jsonl", lines[..first].concat().as_bytes());
+        assert_eq!(taken_in(&store, &begun)[0], first as u64);
+        store.run(&["cleanup", "--older-than", "1s"]).ok();
+        let whole = store.write("whole.jsonl", lines.concat().as_bytes());
+        let [applied, known, older] = taken_in(&store, &whole);
+        assert_eq!(
+            (applied, known + older),
+            ((lines.len() - first) as u64, first as u64),
+            "{first}"
+        );
+        assert_eq!(taken_in(&store, &whole)[0], 0, "{first}");
+        let last: Value = serde_json::from_str(lines.last().unwrap()).unwrap();
+        is(&store, last["data"].clone());
+        assert_eq!(store.json(&["get", "g/s"]).ok().json()["version"], lines.len(), "{first}");
     }
 }
 

@@ -160,7 +160,16 @@ impl Records {
             let page = self.reader().page(&scan).await?;
             let mut old = Vec::new();
             for document in &page.documents {
-                if schema::read_command(document)?.expires_at < now {
+                let is_old = match schema::read_command(document) {
+                    Ok(command) => command.expires_at < now,
+                    // When it may be forgotten is not known; `verify` tells of it.
+                    Err(Error::Corrupt { location, reason }) => {
+                        tracing::warn!(location, reason, "an answer is damaged, and stays");
+                        false
+                    }
+                    Err(error) => return Err(error),
+                };
+                if is_old {
                     let guard = Precondition::Revision(document.revision);
                     old.push(Write::delete(document.key.clone(), guard));
                 }

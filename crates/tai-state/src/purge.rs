@@ -12,11 +12,8 @@ use crate::keys::Address;
 use crate::persister::StateMachinePersister;
 use crate::state::ChangeMetadata;
 use crate::store::not_found;
-use crate::transition::{Expect, Request, Wish, is_purge};
+use crate::transition::{Expect, PURGE, Request, Wish, is_purge};
 use crate::trim::MOST_REMOVED;
-
-/// The action of the event that a purge leaves.
-const PURGE: &str = "purge";
 
 /// What the erasure of a state has removed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,7 +11,7 @@
 //! * a gap or a broken chain in the log, or a head that says something else than the log at the same
 //!   version, is [`Error::Corrupt`]: then nothing says what the state is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -398,13 +398,14 @@ impl Fold<'_> {
             })?,
         };
         let change = replay.last().cloned().ok_or_else(|| lost("there are no events"))?;
-        let drop_snapshots = saved
+        // One that can be read and is not of this log stands in both.
+        let unsound: BTreeSet<u64> = saved
             .keys()
             .copied()
             .chain(self.passed_over.iter().map(|passed| passed.version))
             .filter(|version| !sound.contains(version))
-            .take(crate::trim::MOST_REMOVED)
             .collect();
+        let drop_snapshots = unsound.into_iter().take(crate::trim::MOST_REMOVED).collect();
         let head =
             Head { change, snapshot_versions: sound, first_version: first, oldest_version: oldest };
         let repair = Repair { save, drop_snapshots, ..Repair::of(found.revision(), head) };
@@ -454,6 +455,9 @@ impl Fold<'_> {
 
     fn pass_over(&mut self, version: u64, reason: &str) {
         let address = self.address;
+        if self.passed_over.iter().any(|passed| passed.version == version) {
+            return;
+        }
         tracing::warn!(%address, version, reason, "a saved snapshot is passed over");
         self.passed_over.push(PassedOver { version, reason: reason.to_owned() });
     }

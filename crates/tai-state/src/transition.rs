@@ -20,10 +20,12 @@ use crate::state::ChangeMetadata;
 pub const MAX_STATE_BYTES: u64 = 900 * 1024;
 /// The largest metadata, with its context, in bytes of JSON.
 pub const MAX_METADATA_BYTES: u64 = 32 * 1024;
-/// The largest vector clock, in bytes of JSON.
+/// The largest vector clock, in bytes of JSON. What a writer brings along may make it three quarters of this.
 pub const MAX_CAUSALITY_BYTES: u64 = 32 * 1024;
 /// The longest action, in bytes.
 pub const MAX_ACTION_BYTES: u64 = 1024;
+/// The action of the event that a purge leaves.
+pub(crate) const PURGE: &str = "purge";
 /// The key in the context of the event of a purge, which says that nothing before it is kept. Nobody
 /// else may use it.
 pub(crate) const PURGE_CONTEXT: &str = "tai_state.purge";
@@ -35,6 +37,12 @@ pub(crate) fn is_purge(change: &Change) -> bool {
 const MAX_ID_BYTES: u64 = 128;
 /// Versions and counters stay within what both backends hold: a signed 64-bit integer.
 pub(crate) const MAX_COUNTER: u64 = i64::MAX as u64;
+/// The highest count that a writer may bring along in its clock: whatever it brings, the state can be written,
+/// deleted and purged some four thousand million times after it.
+const MAX_GIVEN_COUNT: u64 = MAX_COUNTER - (1 << 32);
+/// The largest clock with nodes that a writer brings along. The rest is for the nodes of stores that write the
+/// state itself.
+const MAX_GIVEN_CLOCK_BYTES: u64 = MAX_CAUSALITY_BYTES / 4 * 3;
 
 /// The newest value of a state, with what the store notes beside it.
 #[derive(Debug, Clone, PartialEq)]
@@ -161,6 +169,10 @@ fn plan_counted(
     let (data, deleted) = match &request.wish {
         Wish::Put(data) => (data.clone(), false),
         Wish::Delete if before.is_some_and(|change| !change.deleted) => (Value::Null, true),
+        // What a log from elsewhere says of a purge, which erases also what was deleted before.
+        Wish::Delete if before.is_some() && request.at.is_some() && request.action == PURGE => {
+            (Value::Null, true)
+        }
         // A log from elsewhere that was shortened may begin so.
         Wish::Delete if before.is_none() && is_first_of_a_log(request) => (Value::Null, true),
         Wish::Purge if before.is_some() => (Value::Null, true),
@@ -182,7 +194,16 @@ fn plan_counted(
         }
         causality.increment(node);
     }
-    check_clock(&causality, &request.address)?;
+    check_clock(&causality, MAX_COUNTER, MAX_CAUSALITY_BYTES, &request.address)?;
+    let known = |node: &str| before.map_or(0, |change| change.causality.get(node));
+    let news = || request.based_on.iter().filter(|(node, count)| *count > known(node));
+    if news().any(|(node, _)| known(node) == 0) {
+        check_clock(&causality, MAX_COUNTER, MAX_GIVEN_CLOCK_BYTES, &request.address)?;
+    }
+    if news().any(|(_, count)| count > MAX_GIVEN_COUNT) {
+        let what = format!("the vector clock given for {}", request.address);
+        return Err(Error::refused(what, "a count is too large"));
+    }
 
     let mut metadata = request.metadata.clone();
     if request.wish == Wish::Purge {
@@ -301,7 +322,7 @@ pub(crate) fn check_input(request: &Request) -> Result<()> {
     if let Some(at) = request.at {
         check_time(to_micros(at), &request.address)?;
     }
-    check_clock(&request.based_on, &request.address)?;
+    check_clock(&request.based_on, MAX_COUNTER, MAX_CAUSALITY_BYTES, &request.address)?;
     Ok(())
 }
 
@@ -326,12 +347,17 @@ pub(crate) fn check_metadata_size(metadata: &ChangeMetadata, subject: &str) -> R
     within(&subject, size, MAX_METADATA_BYTES)
 }
 
-/// The limit holds for the merged clock: else a state could be stored that can never be updated.
-fn check_clock(clock: &VectorClockSnapshot, address: &Address) -> Result<()> {
+/// The limits hold for the merged clock too: else a state could be stored that can never be updated.
+fn check_clock(
+    clock: &VectorClockSnapshot,
+    most_count: u64,
+    most_bytes: u64,
+    address: &Address,
+) -> Result<()> {
     let what = format!("the vector clock of {address}");
     let size = clock.iter().map(|(node, _)| node.len() as u64 + 24).sum();
-    within(&what, size, MAX_CAUSALITY_BYTES)?;
-    if clock.iter().any(|(_, count)| count > MAX_COUNTER) {
+    within(&what, size, most_bytes)?;
+    if clock.iter().any(|(_, count)| count > most_count) {
         return Err(Error::refused(what, "a count is too large"));
     }
     Ok(())

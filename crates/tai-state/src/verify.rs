@@ -8,13 +8,14 @@ use std::io::Write;
 
 use serde::Serialize;
 
-use crate::backend::{Kind, Revision};
+use crate::backend::{Kind, Range, Revision, Scan};
 use crate::chain::{Change, Hash, Hasher};
 use crate::error::{Error, Result};
 use crate::export::ContentHash;
 use crate::keys::{Address, Name};
 use crate::reader::known;
 use crate::records::KnownHead;
+use crate::schema;
 use crate::store::StateStore;
 use crate::transition::Head;
 use log::Log;
@@ -179,7 +180,7 @@ fn is_damage(error: &Error) -> bool {
 impl StateStore {
     /// Reads and proves everything: the hash and the chain of every event, every head against its
     /// log, every saved snapshot against the event at its version, that no document stands beside
-    /// a log, and the engine's own structure. Writers may go on meanwhile; what they add after
+    /// a log, that locks and kept answers can be read, and the engine's own structure. Writers may go on meanwhile; what they add after
     /// a state was read is not looked at.
     ///
     /// # Errors
@@ -344,6 +345,11 @@ impl StateStore {
                 if let Err(error) = self.verify_governor(governor, proof, progress).await {
                     proof.note(error)?;
                 }
+                for kind in [Kind::Locks, Kind::Commands] {
+                    if let Err(error) = self.verify_beside(governor, kind, proof).await {
+                        proof.note(error)?;
+                    }
+                }
             }
             match governors.into_iter().next_back() {
                 Some(last) => after = Some(last),
@@ -371,6 +377,27 @@ impl StateStore {
                 progress(proof.events);
             }
         }
+    }
+
+    /// Reads the locks of a governor, or its kept answers: they are in no log, so that they can be read is all
+    /// that can be said.
+    async fn verify_beside(&self, governor: &Name, kind: Kind, proof: &mut Proof) -> Result<()> {
+        let range = Range::Names { after: None };
+        let mut next = Some(Scan { governor: governor.clone(), kind, range, limit: 256 });
+        while let Some(scan) = next {
+            let page = self.records.reader().page(&scan).await?;
+            for document in &page.documents {
+                let read = match kind {
+                    Kind::Locks => schema::read_lease(document).map(drop),
+                    _ => schema::read_command(document).map(drop),
+                };
+                if let Err(error) = read {
+                    proof.note(error)?;
+                }
+            }
+            next = page.next;
+        }
+        Ok(())
     }
 
     /// Proves one state; anew when a clean-up came in between.

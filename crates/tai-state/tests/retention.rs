@@ -12,8 +12,8 @@ use chrono::{DateTime, TimeDelta, TimeZone, Utc};
 use common::{Make, options, proved, snapshot, why};
 use serde_json::{Value, json};
 use tai_state::{
-    CleanupOptions, Error, ManualClock, NewTransition, PersistenceConfig, StateMachinePersister,
-    StateStore,
+    CleanupOptions, CleanupReport, Error, ManualClock, NewTransition, PersistenceConfig,
+    StateMachinePersister, StateStore,
 };
 
 const DAY: i64 = 24 * 60 * 60;
@@ -214,6 +214,30 @@ async fn a_dry_run_counts_what_is_done(make: Make<'_>) {
     proved(&store).await;
 }
 
+/// A clean-up that ends on its way leaves events that are nowhere in the history. The next one, whose cut is a
+/// later one, removes them first, and counts them.
+async fn what_was_left_is_counted(make: Make<'_>) {
+    let (store, persister) = sixty_days(make, 25).await;
+    let stopped = persister.clone();
+    let cleaning = tokio::spawn(async move {
+        let options = CleanupOptions::before(day(30)).batch(7);
+        let stop = |report: &CleanupReport| assert!(report.events == 0, "stopped");
+        stopped.cleanup("g", &options, stop).await
+    });
+    assert!(cleaning.await.unwrap_err().is_panic());
+    // The first event went with the cut.
+    let report = store.verify(|_| {}).await.unwrap();
+    assert!(report.ok && report.leftovers == 28, "{report:?}");
+    let options = CleanupOptions::before(day(50)).batch(7);
+    let mut dry = persister.cleanup("g", &options.clone().dry_run(), |_| {}).await.unwrap();
+    let done = persister.cleanup("g", &options, |_| {}).await.unwrap();
+    assert_eq!(done.events, 28 + 20);
+    dry.dry_run = false;
+    assert_eq!(dry, done);
+    let report = store.verify(|_| {}).await.unwrap();
+    assert!(report.ok && report.leftovers == 0, "{report:?}");
+}
+
 async fn two_clean_ups_add_up(make: Make<'_>) {
     let (store, persister) = sixty_days(make, 25).await;
     for n in 1..=4 {
@@ -329,6 +353,7 @@ on_every_backend!(
     what_is_not_older_is_left_alone,
     a_dry_run_counts_what_is_done,
     two_clean_ups_add_up,
+    what_was_left_is_counted,
     a_purge_that_left_something_is_found_out,
     snapshots_are_saved_and_pruned_by_hand,
     cleaning_up_under_load_disturbs_nobody,

@@ -264,20 +264,35 @@ fn read(
 /// What a worker knows of a state.
 struct Known {
     version: u64,
-    /// The version of each event that was there before, by its identity, and by the identity that its
-    /// line would have if it were exported: so that a store also knows its own export.
-    ids: HashMap<String, u64>,
+    /// The version of each event that was there before, by its identity, and (`false`) by the identity that its
+    /// line would have if it were exported: so that a store also knows its own export. Of several equal
+    /// lines that may be another one.
+    ids: HashMap<String, (u64, bool)>,
     /// Versions that a line was found for.
     met: HashSet<u64>,
-    /// The time of the first event that was kept, where earlier ones were removed. Times never fall in a log,
-    /// so what was removed is not later.
-    kept_since: Option<DateTime<Utc>>,
+    /// The first event that was kept, where earlier ones were removed: its version and time. Times never fall
+    /// in a log, so what was removed is not later.
+    kept_since: Option<(u64, DateTime<Utc>)>,
+    /// The newest version whose own line was met, or that a line became. The lines of a state keep their
+    /// order: what comes behind a line whose event is kept was not removed, whatever its time is.
+    reached: u64,
 }
 
 impl Known {
-    /// Whether there is an event for this line that no other line was found for.
+    /// Whether there is an event for this line: its own, or one like it that no other line was found for.
     fn meets(&mut self, identity: &str) -> bool {
-        self.ids.remove(identity).is_some_and(|version| self.met.insert(version))
+        let Some((version, is_its_own)) = self.ids.remove(identity) else { return false };
+        let is_met = self.met.insert(version);
+        if is_its_own {
+            self.reached = self.reached.max(version);
+        }
+        is_met || is_its_own
+    }
+
+    /// Whether a line that is not found may be one whose event was removed.
+    fn may_be_removed(&self, line: &TransitionLine) -> bool {
+        self.kept_since
+            .is_some_and(|(first, since)| self.reached < first && line.timestamp <= since)
     }
 }
 
@@ -319,7 +334,7 @@ impl Worker {
                 self.counts.known.fetch_add(1, Ordering::Relaxed);
                 return Ok(());
             }
-            if known.kept_since.is_some_and(|since| line.timestamp <= since) {
+            if known.may_be_removed(&line) {
                 self.counts.older.fetch_add(1, Ordering::Relaxed);
                 return Ok(());
             }
@@ -328,6 +343,7 @@ impl Worker {
             match self.persister.append(transition).await {
                 Ok(event) => {
                     known.version = event.version();
+                    known.reached = event.version();
                     self.counts.applied.fetch_add(1, Ordering::Relaxed);
                     drop(room);
                     if self.acks {
@@ -341,7 +357,8 @@ impl Worker {
                 // Somebody else writes this state too, perhaps the same import: look again what is
                 // there before writing it twice.
                 Err(Error::VersionConflict { .. }) => {
-                    *known = look(&self.store, &line).await?;
+                    let reached = known.reached;
+                    *known = Known { reached, ..look(&self.store, &line).await? };
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -361,8 +378,13 @@ fn transition(line: &TransitionLine) -> NewTransition {
 
 /// What the store has of a line's state already.
 async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
-    let mut known =
-        Known { version: 0, ids: HashMap::new(), met: HashSet::new(), kept_since: None };
+    let mut known = Known {
+        version: 0,
+        ids: HashMap::new(),
+        met: HashSet::new(),
+        kept_since: None,
+        reached: 0,
+    };
     let mut equal: HashMap<String, u64> = HashMap::new();
     let mut history = match store.history(&line.governor_id, &line.state_id, ..).await {
         Ok(history) => history,
@@ -374,15 +396,15 @@ async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
         let Some(last) = page.last() else { return Ok(known) };
         let first = page.first().filter(|event| known.version == 0 && event.version() > 1);
         if let Some(first) = first {
-            known.kept_since = Some(first.timestamp);
+            known.kept_since = Some((first.version(), first.timestamp));
         }
         known.version = last.version();
         for event in page {
             let line = TransitionLine::from(&event);
             let count = equal.entry(line.identity(0)).or_default();
-            known.ids.insert(line.identity(*count), event.version());
+            known.ids.entry(line.identity(*count)).or_insert((event.version(), false));
             *count += 1;
-            known.ids.insert(event.id, event.to_state.version);
+            known.ids.insert(event.id, (event.to_state.version, true));
         }
     }
 }

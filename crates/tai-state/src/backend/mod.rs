@@ -33,11 +33,15 @@ pub mod memory;
 /// value, numbers included (`1` and `1.0` are different, so are `0.0` and `-0.0`).
 /// Its `Debug` says how long it is, and not what it says: it stands in errors and logs of engines.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Body(String);
+pub struct Body {
+    text: String,
+    /// Why it is not what was written, where the backend can tell.
+    damage: Option<&'static str>,
+}
 
 impl fmt::Debug for Body {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Body({} bytes)", self.0.len())
+        write!(f, "Body({} bytes)", self.text.len())
     }
 }
 
@@ -47,27 +51,38 @@ impl Body {
     /// # Errors
     /// What `serde_json` says.
     pub fn new<T: Serialize>(value: &T) -> Result<Self, serde_json::Error> {
-        serde_json::to_string(value).map(Self)
+        serde_json::to_string(value).map(Self::from_text)
     }
 
     /// Takes the text of a JSON object as it was stored. It is parsed when it is used.
     #[must_use]
     pub fn from_text(text: String) -> Self {
-        Self(text)
+        Self { text, damage: None }
+    }
+
+    /// For backends that prove what they read: what is left of a body that is not what was written. Whoever reads
+    /// it gets an error; its document can be found, replaced and removed like any other, so that what can
+    /// be made anew is.
+    #[must_use]
+    pub fn damaged(text: String, reason: &'static str) -> Self {
+        Self { text, damage: Some(reason) }
     }
 
     /// The text.
     #[must_use]
     pub fn as_text(&self) -> &str {
-        &self.0
+        &self.text
     }
 
     /// Reads it.
     ///
     /// # Errors
-    /// What `serde_json` says, without what it quotes of the body.
+    /// What `serde_json` says, without what it quotes of the body; that it is damaged.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, serde_json::Error> {
-        serde_json::from_str(&self.0).map_err(crate::json::without_values)
+        if let Some(reason) = self.damage {
+            return Err(serde::de::Error::custom(reason));
+        }
+        serde_json::from_str(&self.text).map_err(crate::json::without_values)
     }
 }
 

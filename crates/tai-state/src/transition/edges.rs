@@ -55,10 +55,27 @@ fn the_last_version_and_the_last_count() {
     assert_eq!(code(Some(&step.head), &request(put(1), Expect::Any)), "invalid_state");
 
     let seen = |node: &str, count: u64| serde_json::from_value(json!({ node: count })).unwrap();
-    assert_eq!(code(None, &with(|r| r.based_on = seen("n", MAX_COUNTER - 1))), "ok");
-    assert_eq!(code(None, &with(|r| r.based_on = seen("n", MAX_COUNTER))), "invalid_state");
-    assert_eq!(code(None, &with(|r| r.based_on = seen("m", MAX_COUNTER))), "ok");
-    assert_eq!(code(None, &with(|r| r.based_on = seen("m", MAX_COUNTER + 1))), "invalid_state");
+    for node in ["n", "m"] {
+        let most = with(|r| r.based_on = seen(node, MAX_GIVEN_COUNT));
+        assert_eq!(code(None, &most), "ok", "{node}");
+        let more = with(|r| r.based_on = seen(node, MAX_GIVEN_COUNT + 1));
+        assert_eq!(code(None, &more), "invalid_state", "{node}");
+        // Whatever a writer brings along, the state can be written, deleted and purged after it.
+        let step = planned(None, &most).unwrap().head;
+        let seen = step.change.causality.clone();
+        let step = planned(Some(&step), &with(|r| r.based_on = seen)).unwrap().head;
+        let step = planned(Some(&step), &request(Wish::Delete, Expect::Any)).unwrap().head;
+        assert_eq!(code(Some(&step), &request(Wish::Purge, Expect::Any)), "ok", "{node}");
+    }
+    let counted = |count| {
+        let mut last = head(1, &policy(0, 0));
+        last.change.causality = seen("n", count);
+        last
+    };
+    let own = request(put(1), Expect::Any);
+    let step = planned(Some(&counted(MAX_COUNTER - 1)), &own).unwrap();
+    assert_eq!(step.head.change.causality.get("n"), MAX_COUNTER);
+    assert_eq!(code(Some(&counted(MAX_COUNTER)), &own), "invalid_state");
     assert_eq!(code(None, &with(|r| r.metadata.parent_version = Some(MAX_COUNTER))), "ok");
     let beyond = with(|r| r.metadata.parent_version = Some(MAX_COUNTER + 1));
     assert_eq!(code(None, &beyond), "invalid_state");
@@ -71,6 +88,12 @@ fn only_a_log_from_elsewhere_begins_with_a_deletion() {
     assert!(step.head.change.deleted && step.head.version() == 1);
     assert_eq!(code(None, &delete(None, Expect::Version(0))), "state_not_found");
     assert_eq!(code(None, &delete(Some(time(3)), Expect::Any)), "state_not_found");
+    // That it was purged as well is told of what is deleted too.
+    let purge = Request { action: PURGE.into(), ..delete(Some(time(4)), Expect::Version(1)) };
+    let purged = planned(Some(&step.head), &purge).unwrap().head;
+    assert!(purged.change.deleted && purged.version() == 2 && !is_purge(&purged.change));
+    let now = Request { at: None, ..purge };
+    assert_eq!(code(Some(&step.head), &now), "state_not_found");
     // What is there, but deleted, is not the beginning of a log.
     assert_eq!(
         code(Some(&step.head), &delete(Some(time(4)), Expect::Version(0))),
@@ -137,7 +160,7 @@ fn a_clock_counts_up_to_its_limit_also_where_two_meet() {
         let counts = (from..from + nodes).map(|n| (format!("{n:0>bytes$}"), json!(1)));
         serde_json::from_value(Value::Object(counts.collect())).unwrap()
     };
-    let limit = count(MAX_CAUSALITY_BYTES);
+    let limit = count(MAX_GIVEN_CLOCK_BYTES);
     assert_eq!(limit % 64, 0);
     let most = limit / 64;
     // The writer's own node takes 25.
@@ -149,6 +172,20 @@ fn a_clock_counts_up_to_its_limit_also_where_two_meet() {
     let other = |nodes| with(|r| r.based_on = clock(most, nodes, 40));
     assert_eq!(code(Some(&first.head), &other(most / 2 - 1)), "ok");
     assert_eq!(code(Some(&first.head), &other(most / 2)), "too_large");
+
+    // The rest is for those who write it: also what is adopted from elsewhere, to the last byte, is written on.
+    let adopted =
+        adopt(None, &with(|r| r.based_on = clock(0, most, 40)), time(1), "n", &policy(0, 0));
+    let mut last = adopted.unwrap().head;
+    assert_eq!(last.change.causality.get("n"), 0);
+    let free = count(MAX_CAUSALITY_BYTES) - limit;
+    for n in 0..free / 64 {
+        let node = format!("{n:x>40}");
+        let again = with(|r| r.based_on = last.change.causality.clone());
+        last = plan(Some(&last), &again, time(2), &node, &policy(0, 0)).unwrap().head;
+    }
+    let one_more = plan(Some(&last), &with(|_| ()), time(3), "n", &policy(0, 0));
+    assert_eq!(one_more.unwrap_err().code(), "too_large");
 }
 
 #[test]

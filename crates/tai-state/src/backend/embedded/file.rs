@@ -404,7 +404,7 @@ fn prove(conn: &Connection, location: &str) -> Result<Identity, ProofError> {
     }
     let store = text(conn, meta::STORE)?.unwrap_or_default();
     let incarnation = number(conn, meta::INCARNATION)?;
-    // Short, since it stands in every clock, and never used twice: a copy is a new incarnation.
+    // Short, since it stands in every clock. A copy has the same (docs/guarantees.md, what causality rests on).
     let short: String = store.chars().filter(char::is_ascii_hexdigit).take(12).collect();
     let node = format!("{short}.{incarnation}");
     Ok(Identity { store, incarnation, node })

@@ -1,5 +1,7 @@
-//! Reads documents out of the tables, and proves each against its row's check.
+//! Reads documents out of the tables, and proves each against its row's check. One whose check does not hold is
+//! found all the same, as a damaged one: so it can be made anew, or removed.
 
+use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::tables::{Statements, Unsigned, document_crc, key_hash, row_crc, statements};
@@ -72,12 +74,14 @@ pub(crate) fn governor_crc(id: i64, name: &Name, states: u64) -> u32 {
 pub(crate) fn named_row(conn: &Connection, key: &Key) -> Rows<Option<Row>> {
     let sql = statements(key.kind);
     if let Some(governor) = governor(conn, &key.governor)? {
+        let name = key.name.as_str();
         let found = conn
             .prepare_cached(sql.get)?
-            .query_row(params![governor.id, key.name.as_str()], columns)
+            .query_row(params![governor.id, name], found)
             .optional()?;
-        if let Some((id, revision, body, crc)) = found {
-            return Ok(Some(checked(key, id, revision, body, crc)?));
+        if let Some((id, stored)) = found {
+            let is_here = |sql| conn.prepare_cached(sql)?.exists(params![id, governor.id, name]);
+            return Ok(Some(row(key, id, stored, is_here)?));
         }
     }
     absent_by_hash(conn, sql, key)?;
@@ -146,7 +150,9 @@ fn absent_by_hash(conn: &Connection, sql: &Statements, key: &Key) -> Rows<()> {
         let Some(other) = other else {
             return Err(corrupt(key, "one index knows it and the other does not"));
         };
-        checked(&other, 0, row.get::<_, Unsigned>(2)?.0, row.get(3)?, row.get(4)?)?;
+        if stored(row, 2)?.is_damaged(&other) {
+            return Err(corrupt(&other, DAMAGE));
+        }
     }
     Ok(())
 }
@@ -157,18 +163,11 @@ pub(crate) fn versioned_row(conn: &Connection, state: i64, key: &Key) -> Rows<Op
     let Ok(version) = i64::try_from(key.version) else { return Ok(None) };
     let found = conn
         .prepare_cached(statements(key.kind).get)?
-        .query_row(params![state, version], columns)
+        .query_row(params![state, version], found)
         .optional()?;
-    found.map(|(id, revision, body, crc)| checked(key, id, revision, body, crc)).transpose()
-}
-
-/// Only the id of that row; what it holds is not proved.
-pub(crate) fn versioned_place(conn: &Connection, state: i64, key: &Key) -> Rows<Option<i64>> {
-    let found = conn
-        .prepare_cached(statements(key.kind).get)?
-        .query_row(params![state, Unsigned(key.version)], |row| row.get(0))
-        .optional()?;
-    Ok(found)
+    let Some((id, stored)) = found else { return Ok(None) };
+    let is_here = |sql| conn.prepare_cached(sql)?.exists(params![id, state, version]);
+    row(key, id, stored, is_here).map(Some)
 }
 
 /// The row of the state that a versioned document belongs to.
@@ -177,19 +176,74 @@ pub(crate) fn state_of(conn: &Connection, key: &Key) -> Rows<Option<i64>> {
     Ok(named_row(conn, &state)?.map(|row| row.id))
 }
 
-type Columns = (i64, u64, Option<String>, u32);
+const DAMAGE: &str = "the check of its row does not hold";
 
-fn columns(row: &rusqlite::Row<'_>) -> rusqlite::Result<Columns> {
-    Ok((row.get(0)?, row.get::<_, Unsigned>(1)?.0, row.get(2)?, row.get(3)?))
+/// What stands in a row, whatever a damage has made of it.
+struct Stored {
+    revision: u64,
+    body: Option<String>,
+    /// `None` where one of the columns is not even of its type.
+    crc: Option<u32>,
 }
 
-fn checked(key: &Key, id: i64, revision: u64, body: Option<String>, crc: u32) -> Rows<Row> {
-    let revision = Revision::new(revision);
-    if crc != document_crc(key, revision, body.as_deref()) {
-        return Err(corrupt(key, "the check of its row does not hold"));
+impl Stored {
+    fn is_damaged(&self, key: &Key) -> bool {
+        let revision = Revision::new(self.revision);
+        self.crc != Some(document_crc(key, revision, self.body.as_deref()))
     }
-    let document =
-        body.map(|body| Document { key: key.clone(), body: Body::from_text(body), revision });
+
+    /// The document, if there is one, and whether it is damaged. That it is absent is believed only of a row
+    /// whose check holds.
+    fn document(self, key: &Key) -> (Option<Document>, bool) {
+        let is_damaged = self.is_damaged(key);
+        let body = match (is_damaged, self.body) {
+            (true, body) => Some(Body::damaged(body.unwrap_or_default(), DAMAGE)),
+            (false, body) => body.map(Body::from_text),
+        };
+        let revision = Revision::new(self.revision);
+        (body.map(|body| Document { key: key.clone(), body, revision }), is_damaged)
+    }
+}
+
+/// The columns revision, body and check, from this one on.
+fn stored(row: &rusqlite::Row<'_>, at: usize) -> rusqlite::Result<Stored> {
+    let integer = |at| match row.get_ref(at)? {
+        ValueRef::Integer(number) => Ok::<_, rusqlite::Error>(Some(number)),
+        _ => Ok(None),
+    };
+    let (revision, crc) = (integer(at)?, integer(at + 2)?);
+    let mut is_typed = revision.is_some_and(|revision| revision >= 0);
+    let body = match row.get_ref(at + 1)? {
+        ValueRef::Null => None,
+        ValueRef::Text(text) => {
+            is_typed &= std::str::from_utf8(text).is_ok();
+            Some(String::from_utf8_lossy(text).into_owned())
+        }
+        _ => {
+            is_typed = false;
+            Some(String::new())
+        }
+    };
+    let crc = crc.filter(|_| is_typed).and_then(|crc| u32::try_from(crc).ok());
+    Ok(Stored { revision: revision.unwrap_or_default().unsigned_abs(), body, crc })
+}
+
+fn found(row: &rusqlite::Row<'_>) -> rusqlite::Result<(i64, Stored)> {
+    Ok((row.get(0)?, stored(row, 1)?))
+}
+
+/// A row that an index led to. If its check does not hold, either what it says is damaged, or the index led
+/// to another row, which must not be taken for this one: then its own columns say whose it is.
+fn row(
+    key: &Key,
+    id: i64,
+    stored: Stored,
+    is_here: impl FnOnce(&'static str) -> rusqlite::Result<bool>,
+) -> Rows<Row> {
+    let (document, is_damaged) = stored.document(key);
+    if is_damaged && !is_here(statements(key.kind).is_here)? {
+        return Err(corrupt(key, DAMAGE));
+    }
     Ok(Row { id, document })
 }
 
@@ -265,8 +319,7 @@ fn scan_names(conn: &Connection, scan: &Scan, after: Option<&Name>) -> Rows<Page
         let found = Name::from_escaped(&name)
             .ok_or_else(|| corrupt(list(scan), format!("{name:?} is not an escaped id")))?;
         let key = Key { governor: scan.governor.clone(), kind: scan.kind, name: found, version: 0 };
-        let row = checked(&key, 0, row.get::<_, Unsigned>(1)?.0, row.get(2)?, row.get(3)?)?;
-        if let Some(document) = row.document {
+        if let Some(document) = stored(row, 1)?.document(&key).0 {
             gather.push(document);
         }
         last = name;
@@ -331,8 +384,10 @@ fn walk(
         let Some(name) = name else {
             return Err(corrupt(list(&scan), format!("{text:?} is out of place")));
         };
-        if absent_too || row.get(1)? {
-            names.push(name);
+        let key = Key { governor: of.clone(), kind, name, version: 0 };
+        // That there is no document is believed of a row in order only.
+        if absent_too || row.get(1)? || stored(row, 2)?.is_damaged(&key) {
+            names.push(key.name);
         }
     }
     Ok(names)
@@ -384,8 +439,7 @@ fn scan_versions(conn: &Connection, scan: &Scan, name: &Name, from: u64, to: u64
             return Ok(gather.page(true));
         }
         let key = Key { version: row.get::<_, Unsigned>(0)?.0, ..key.clone() };
-        let row = checked(&key, 0, row.get::<_, Unsigned>(1)?.0, row.get(2)?, row.get(3)?)?;
-        if let Some(document) = row.document {
+        if let Some(document) = stored(row, 1)?.document(&key).0 {
             let follows = gather.documents.last().is_none_or(|last| last.key.version < key.version);
             if !follows || key.version < from {
                 return Err(corrupt(&key, "its index is out of order"));

@@ -60,6 +60,8 @@ CREATE INDEX command_by_hash ON command (key_hash);
 pub(crate) struct Statements {
     /// Unversioned: by governor and name; versioned: by state and version.
     pub(crate) get: &'static str,
+    /// Whether the row of this id says itself that it is that one.
+    pub(crate) is_here: &'static str,
     /// Unversioned only: by the hash of the key.
     pub(crate) get_by_hash: &'static str,
     /// Unversioned only: ids of the rows with a hash.
@@ -67,7 +69,7 @@ pub(crate) struct Statements {
     /// Unversioned only: the row that was made last.
     pub(crate) newest: &'static str,
     pub(crate) scan: &'static str,
-    /// Unversioned only: names after a name, and whether there is a document.
+    /// Unversioned only: names after a name, whether there is a document, and what proves that there is none.
     pub(crate) names: &'static str,
     pub(crate) insert: &'static str,
     pub(crate) update: &'static str,
@@ -80,6 +82,7 @@ macro_rules! named {
     ($table:literal) => {
         Statements {
             get: concat!("SELECT id, revision, body, crc FROM ", $table, " WHERE governor = ?1 AND name = ?2"),
+            is_here: concat!("SELECT 1 FROM ", $table, " NOT INDEXED WHERE id = ?1 AND governor = ?2 AND name = ?3"),
             get_by_hash: concat!(
                 "SELECT coalesce(g.name, ''), t.name, t.revision, t.body, t.crc FROM ", $table,
                 " t INDEXED BY ", $table, "_by_hash LEFT JOIN governor g ON g.id = t.governor WHERE t.key_hash = ?1"
@@ -88,7 +91,7 @@ macro_rules! named {
             newest: concat!("SELECT id, governor, name, key_hash FROM ", $table, " ORDER BY id DESC LIMIT 1"),
             // From the last name on, that name included: it must still be there, or the index is damaged.
             scan: concat!("SELECT name, revision, body, crc FROM ", $table, " WHERE governor = ?1 AND name >= ?2 ORDER BY name"),
-            names: concat!("SELECT name, body IS NOT NULL FROM ", $table, " WHERE governor = ?1 AND name > ?2 ORDER BY name"),
+            names: concat!("SELECT name, body IS NOT NULL, revision, NULL, crc FROM ", $table, " WHERE governor = ?1 AND name > ?2 ORDER BY name"),
             insert: concat!("INSERT INTO ", $table, " (governor, name, key_hash, revision, body, crc) VALUES (?1, ?2, ?3, ?4, ?5, ?6)"),
             update: concat!("UPDATE ", $table, " SET revision = ?2, body = ?3, crc = ?4 WHERE id = ?1"),
             delete: concat!("DELETE FROM ", $table, " WHERE id = ?1"),
@@ -105,6 +108,11 @@ macro_rules! versioned {
                 "SELECT seq, revision, body, crc FROM ",
                 $table,
                 " WHERE state = ?1 AND version = ?2"
+            ),
+            is_here: concat!(
+                "SELECT 1 FROM ",
+                $table,
+                " NOT INDEXED WHERE seq = ?1 AND state = ?2 AND version = ?3"
             ),
             get_by_hash: "",
             ids_by_hash: "",

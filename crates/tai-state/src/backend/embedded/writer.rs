@@ -412,18 +412,6 @@ impl Group<'_> {
         rows::named_row(self.conn, key)
     }
 
-    /// The row of a document that is about to be overwritten or removed: what it holds need not be
-    /// proved, so that a damaged saved snapshot does not stop its state.
-    fn place_of(&mut self, key: &Key) -> Rows<Option<i64>> {
-        if key.kind.is_versioned() {
-            return match self.state(key)? {
-                Some(state) => rows::versioned_place(self.conn, state, key),
-                None => Ok(None),
-            };
-        }
-        Ok(rows::named_row(self.conn, key)?.map(|row| row.id))
-    }
-
     fn revision_of(&mut self, key: &Key) -> Rows<Option<Revision>> {
         let document = self.row(key)?.and_then(|row| row.document);
         Ok(document.map(|document| document.revision))
@@ -486,7 +474,7 @@ impl Group<'_> {
     }
 
     fn delete(&mut self, key: &Key, revision: Revision) -> Rows<()> {
-        let Some(id) = self.place_of(key)? else { return Ok(()) };
+        let Some(rows::Row { id, .. }) = self.row(key)? else { return Ok(()) };
         let sql = statements(key.kind);
         if key.kind == Kind::States {
             // Events refer to the row.
