@@ -147,8 +147,9 @@ fn all_of(
     }
 }
 
-/// In which ways the n-th call fails: in all four where calls are few, else in two for what is written, and
-/// in one of the four, in turns, for what is read.
+/// In which ways the n-th call fails: in all four where calls are few, else in two for what is written or synced
+/// (only a failure that does not come again can be passed over), and in one of the four, in turns, for what is
+/// read.
 fn ways(
     start: Start,
     kind: usize,
@@ -158,13 +159,17 @@ fn ways(
 ) -> Vec<(&'static str, bool)> {
     let all = [("EIO", false), ("ENOSPC", true), ("EIO", true), ("ENOSPC", false)];
     let (few, every) = if is_long { (150, 1) } else { (15, 3) };
-    let is_writing = KINDS[kind].0 == "writes" && (is_long || start == Start::Closed);
+    let is_writing = match KINDS[kind].0 {
+        "syncs" => true,
+        "writes" => is_long || start == Start::Closed,
+        _ => false,
+    };
     if most <= few {
         all.to_vec()
     } else if is_writing {
         // Both errors, one of them once and the other for good.
         all[nth % 2 * 2..][..2].to_vec()
-    } else if KINDS[kind].0 == "syncs" || nth <= 40 || nth.is_multiple_of(every) {
+    } else if nth <= 40 || nth.is_multiple_of(every) {
         vec![all[nth % 4]]
     } else {
         Vec::new()

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::json::refuse_deep;
 use crate::keys::Address;
 use crate::persister::StateMachinePersister;
+use crate::records::KnownHead;
 use crate::state::ChangeMetadata;
 use crate::store::not_found;
 use crate::transition::{Expect, PURGE, Request, Wish, is_purge};
@@ -61,7 +62,8 @@ impl StateMachinePersister {
         let absent = || not_found(&address, String::new());
         let mut known = self.records.head(&address).await?.ok_or_else(absent)?;
         let (mut events, mut snapshots, mut recovered_bytes) = (0, 0, 0);
-        if !is_purge(&known.head.change) {
+        let mut tombstone = known.head.change.clone();
+        if !is_purge(&tombstone) {
             // One commit takes a bounded number of documents.
             while known.head.snapshot_versions.len() > MOST_REMOVED / 2 {
                 let pruned = self.prune(&address, 0).await?;
@@ -80,7 +82,7 @@ impl StateMachinePersister {
                 at: None,
                 based_on: VectorClockSnapshot::new(),
             };
-            self.records.apply(&request, &self.config, &self.conditions).await?;
+            tombstone = self.records.apply(&request, &self.config, &self.conditions).await?.0;
             snapshots += sizes.len() as u64;
             recovered_bytes += sizes.values().sum::<u64>();
         }
@@ -90,12 +92,10 @@ impl StateMachinePersister {
             progress(events);
         })
         .await?;
-        let head = self.records.head(&address).await?.ok_or_else(absent)?.head;
-        let first = head.first_version;
         // What no head named, such as what was put there by hand.
         for kind in [Kind::Events, Kind::Snapshots] {
             loop {
-                let strays = self.strays(&address, kind, first).await?;
+                let strays = self.strays(&address, kind, tombstone.version).await?;
                 if strays.is_empty() {
                     break;
                 }
@@ -108,10 +108,7 @@ impl StateMachinePersister {
                 recovered_bytes += strays.iter().map(Document::bytes).sum::<u64>();
             }
         }
-        let tombstone = self.records.reader().changes_at(&address, &[first]).await?;
-        let tombstone = tombstone.into_iter().next().flatten().ok_or_else(|| {
-            Error::corrupt(format!("the log of {address} at v{first}"), "the event is missing")
-        })?;
+        // History may begin later by now: others go on writing and cleaning up.
         Ok(PurgeReport {
             governor_id: address.governor.id(),
             state_id: address.state.id(),
@@ -146,7 +143,11 @@ impl StateMachinePersister {
         // A later clean-up may have removed the event of the purge too.
         if known.head.first_version == report.version {
             let event = self.records.reader().changes_at(&address, &[report.version]).await?;
-            if event.first().and_then(Option::as_ref).map(|event| event.hash) != Some(report.hash) {
+            let hash = event.first().and_then(Option::as_ref).map(|event| event.hash);
+            // One that is under way removes it between two looks.
+            let known = self.records.head(&address).await?;
+            let begins_with_it = |known: KnownHead| known.head.first_version == report.version;
+            if hash != Some(report.hash) && known.is_none_or(begins_with_it) {
                 return still("its own event is another".into());
             }
         }

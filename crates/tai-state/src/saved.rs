@@ -13,6 +13,9 @@ use crate::store::not_found;
 use crate::transition::Head;
 use crate::trim;
 
+/// How often those that are missing are looked for, while the head changes.
+const LOOKS: u32 = 6;
+
 /// What the removal of saved snapshots has removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
@@ -50,15 +53,35 @@ impl StateMachinePersister {
         state: impl AsRef<str>,
     ) -> Result<Vec<SavedSnapshot>> {
         let address = Address::new(governor.as_ref(), state.as_ref())?;
-        let known = self.records.head(&address).await?;
-        let head = known.ok_or_else(|| not_found(&address, String::new()))?.head;
+        let absent = || not_found(&address, String::new());
+        let mut known = self.records.head(&address).await?.ok_or_else(absent)?;
+        let mut looks = 1;
+        loop {
+            let mut saved = self.saved_by(&address, &known.head).await?;
+            if saved.iter().all(|saved| saved.bytes > 0) {
+                return Ok(saved);
+            }
+            // What was dropped since the head was read is not missing, even if it was saved again meanwhile.
+            let newest = self.records.head(&address).await?.ok_or_else(absent)?;
+            if newest.revision == known.revision || looks == LOOKS {
+                saved.retain(|saved| {
+                    saved.bytes > 0 || newest.head.snapshot_versions.contains(&saved.version)
+                });
+                return Ok(saved);
+            }
+            (known, looks) = (newest, looks + 1);
+        }
+    }
+
+    /// The saved snapshots that a head names.
+    async fn saved_by(&self, address: &Address, head: &Head) -> Result<Vec<SavedSnapshot>> {
         let mut saved = Vec::with_capacity(head.snapshot_versions.len());
         for versions in head.snapshot_versions.chunks(PAGE) {
             let keys: Vec<Key> =
                 versions.iter().map(|version| address.snapshot(*version)).collect();
             let found = self.records.reader().get(&keys).await?;
             for (version, document) in versions.iter().zip(found) {
-                let read = document.as_ref().map(|found| schema::read_change(&address, found));
+                let read = document.as_ref().map(|found| schema::read_change(address, found));
                 let (timestamp, problem) = match read {
                     None => (None, Some("it is missing".to_owned())),
                     Some(Ok(change)) => (Some(change.timestamp), None),
@@ -72,14 +95,6 @@ impl StateMachinePersister {
                     problem,
                 });
             }
-        }
-        // What was dropped since the head was read is not missing.
-        if saved.iter().any(|saved| saved.bytes == 0) {
-            let newest = self.records.head(&address).await?;
-            let newest = newest.ok_or_else(|| not_found(&address, String::new()))?.head;
-            saved.retain(|saved| {
-                saved.bytes > 0 || newest.snapshot_versions.contains(&saved.version)
-            });
         }
         Ok(saved)
     }

@@ -451,6 +451,29 @@ mod tests {
         }
     }
 
+    /// Notes that cannot be, with a hash that fits them, each for one reason only.
+    #[test]
+    fn notes_out_of_order_are_refused() {
+        let requests: Vec<_> = (1..=5).map(|n| request(put(n), Expect::Any)).collect();
+        let change = run(&requests, &PersistenceConfig::default()).pop().unwrap().head.change;
+        let read = |oldest_version, first_version, snapshots: &[u64]| {
+            let (change, snapshot_versions) = (change.clone(), snapshots.to_vec());
+            let head = Head { change, snapshot_versions, first_version, oldest_version };
+            let (key, body) = (head.change.address.head(), head_body(&head).unwrap());
+            let document = Document { key, body, revision: Revision::new(1) };
+            read_head(&head.change.address, &document).map(|read| assert_eq!(read, head))
+        };
+        for (oldest, first, snapshots) in [(1, 1, &[][..]), (1, 5, &[1, 5]), (5, 5, &[5])] {
+            read(oldest, first, snapshots).unwrap();
+        }
+        for (oldest, first, snapshots) in
+            [(0, 1, &[][..]), (3, 2, &[]), (1, 6, &[]), (6, 6, &[]), (1, 1, &[6]), (1, 1, &[0])]
+        {
+            let refused = read(oldest, first, snapshots).unwrap_err();
+            assert_eq!(refused.code(), "corrupt", "{oldest} {first} {snapshots:?}");
+        }
+    }
+
     /// Saved snapshots that come and go within one commit must not stand in it twice.
     #[test]
     fn no_document_stands_twice_in_a_commit() {

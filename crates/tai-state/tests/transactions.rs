@@ -6,6 +6,7 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use common::{Make, balance, counter, open, options, proved, snapshot, why};
 use serde_json::json;
@@ -21,6 +22,7 @@ on_every_backend![
     read_write_transactions,
     a_handle_outlives_its_transaction_harmlessly,
     several_changes_of_one_state_in_one_transaction,
+    more_than_a_commit_takes_is_refused_while_it_is_gathered,
     the_specification_s_pattern_3,
     the_specification_s_chaos_test,
     transactions_are_logged,
@@ -248,6 +250,29 @@ async fn several_changes_of_one_state_in_one_transaction(make: Make<'_>) {
     let report = store.verify(|_| {}).await.unwrap();
     assert!(report.ok, "{:?}", report.problems);
     assert_eq!((report.events, report.snapshots), (15, 1));
+}
+
+/// A commit takes 500 documents: 250 new states with an event each, or 499 events of one. What would be one too
+/// many is refused at the next change, long before the commit.
+async fn more_than_a_commit_takes_is_refused_while_it_is_gathered(make: Make<'_>) {
+    let store = open(make);
+    let manager = TransactionManager::new(store.clone());
+    for (states, expected) in [(1_000, 251), (1, 500)] {
+        let made = std::sync::atomic::AtomicU64::new(0);
+        let made = &made;
+        let gathered = manager.execute_transaction("g", |tx| async move {
+            made.store(0, Ordering::SeqCst);
+            for n in 0..1_000 {
+                let id = format!("s{}", n % states);
+                tx.save_state("g", &id, snapshot(&id, json!(n)), why()).await?;
+                made.fetch_add(1, Ordering::SeqCst);
+            }
+            Ok(())
+        });
+        assert_eq!(gathered.await.unwrap_err().code(), "too_large");
+        assert_eq!(made.load(Ordering::SeqCst), expected, "{states} states");
+    }
+    assert_eq!(store.verify(|_| {}).await.unwrap().events, 0);
 }
 
 /// The specification's third pattern, with its arithmetic on JSON spelled out.
