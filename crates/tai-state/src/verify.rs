@@ -180,8 +180,8 @@ fn is_damage(error: &Error) -> bool {
 impl StateStore {
     /// Reads and proves everything: the hash and the chain of every event, every head against its
     /// log, every saved snapshot against the event at its version, that no document stands beside
-    /// a log, that locks and kept answers can be read, and the engine's own structure. Writers may go on meanwhile; what they add after
-    /// a state was read is not looked at.
+    /// a log, that locks and kept answers can be read, and the engine's own structure. Writers may go
+    /// on meanwhile; what they add after a state was read is not looked at.
     ///
     /// # Errors
     /// Only what keeps it from looking (permissions, an unreachable service): damage is reported,

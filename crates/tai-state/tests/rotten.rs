@@ -168,15 +168,17 @@ async fn a_purge_removes_what_cannot_be_read() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clean_up_removes_what_cannot_be_read() {
-    let folder = tempfile::tempdir().unwrap();
-    let damaged = format!("UPDATE event SET {} {OF_S} 20", DAMAGES[0]);
-    let path = rotten(folder.path(), &[&damaged]).await;
-    let (store, persister) = open(&path).await;
-    assert!(!store.verify(|_| {}).await.unwrap().ok);
-    let options = CleanupOptions::older_than(Duration::ZERO).keep_versions(10);
-    let report = persister.cleanup("g", &options, |_| {}).await.unwrap();
-    assert_eq!(report.events, 2 * (NEWEST - 10));
-    proved(&store).await;
+    for (table, version) in [("event", 20), ("event", 1), ("snapshot", 30)] {
+        let folder = tempfile::tempdir().unwrap();
+        let damaged = format!("UPDATE {table} SET {} {OF_S} {version}", DAMAGES[0]);
+        let path = rotten(folder.path(), &[&damaged]).await;
+        let (store, persister) = open(&path).await;
+        assert!(!store.verify(|_| {}).await.unwrap().ok, "{table} {version}");
+        let options = CleanupOptions::older_than(Duration::ZERO).keep_versions(10);
+        let report = persister.cleanup("g", &options, |_| {}).await.unwrap();
+        assert_eq!((report.events, report.snapshots), (2 * (NEWEST - 10), 4), "{table} {version}");
+        proved(&store).await;
+    }
 }
 
 /// Its index leads to the row of another: that one is not touched.

@@ -262,6 +262,7 @@ fn read(
 }
 
 /// What a worker knows of a state.
+#[derive(Default)]
 struct Known {
     version: u64,
     /// The version of each event that was there before, by its identity, and (`false`) by the identity that its
@@ -378,13 +379,7 @@ fn transition(line: &TransitionLine) -> NewTransition {
 
 /// What the store has of a line's state already.
 async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
-    let mut known = Known {
-        version: 0,
-        ids: HashMap::new(),
-        met: HashSet::new(),
-        kept_since: None,
-        reached: 0,
-    };
+    let mut known = Known::default();
     let mut equal: HashMap<String, u64> = HashMap::new();
     let mut history = match store.history(&line.governor_id, &line.state_id, ..).await {
         Ok(history) => history,

@@ -192,4 +192,5 @@ fn a_clock_counts_up_to_its_limit_also_where_two_meet() {
 fn the_limits_are_what_the_documents_say() {
     let limits = [MAX_STATE_BYTES, MAX_METADATA_BYTES, MAX_CAUSALITY_BYTES, MAX_ACTION_BYTES];
     assert_eq!(limits, [921_600, 32_768, 32_768, 1_024]);
+    assert_eq!((MAX_GIVEN_CLOCK_BYTES, MAX_COUNTER - MAX_GIVEN_COUNT), (24 * 1_024, 1 << 32));
 }
