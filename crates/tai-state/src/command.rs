@@ -9,7 +9,7 @@ use std::sync::Arc;
 use chrono::Utc;
 use serde_json::json;
 
-use crate::backend::{Kind, Precondition, Range, Scan, Write};
+use crate::backend::{Kind, Precondition, Write};
 use crate::chain::{Change, Hash};
 use crate::clock::new_event_id;
 use crate::conditions::{CommandKey, Conditions};
@@ -149,17 +149,11 @@ impl Records {
     pub(crate) async fn forget_answers(&self) -> Result<u64> {
         let governor = Name::escape(crate::fence::GLOBAL_GOVERNOR, "governor id")?;
         let now = self.options().clock.now().with_timezone(&Utc);
-        let (mut after, mut forgotten) = (None, 0);
-        loop {
-            let scan = Scan {
-                governor: governor.clone(),
-                kind: Kind::Commands,
-                range: Range::Names { after: after.take() },
-                limit: PAGE,
-            };
-            let page = self.reader().page(&scan).await?;
+        let mut forgotten = 0;
+        let mut all = self.reader().all(&governor, Kind::Commands);
+        while let Some(documents) = all.next_page().await? {
             let mut old = Vec::new();
-            for document in &page.documents {
+            for document in &documents {
                 let is_old = match schema::read_command(document) {
                     Ok(command) => command.expires_at < now,
                     // When it may be forgotten is not known; `verify` tells of it.
@@ -183,13 +177,7 @@ impl Records {
                     Err(error) => return Err(lift(error, self.location())),
                 }
             }
-            match page.next.map(|next| next.range) {
-                Some(Range::Names { after: next @ Some(_) }) => after = next,
-                _ => return Ok(forgotten),
-            }
         }
+        Ok(forgotten)
     }
 }
-
-/// Answers that are looked at in one go.
-const PAGE: usize = 200;

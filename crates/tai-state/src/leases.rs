@@ -4,9 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use crate::backend::{
-    BackendError, Key, Kind, Moment, Name, Precondition, Range, Revision, Scan, Write,
-};
+use crate::backend::{BackendError, Key, Kind, Moment, Name, Precondition, Revision, Write};
 use crate::clock::Stopwatch;
 use crate::error::{Error, Result};
 use crate::grant::Grant;
@@ -16,9 +14,6 @@ use crate::patience::{self, Deadline, Tries};
 use crate::reader::{Watch, lift};
 use crate::records::Records;
 use crate::schema;
-
-/// Locks that are looked at in one go.
-const PAGE: usize = 200;
 
 /// A lock as it was read.
 #[derive(Debug, Clone)]
@@ -158,25 +153,14 @@ impl Records {
     ) -> Result<(Vec<(Key, FoundLease)>, Moment)> {
         let (_, moment) = self.look_at_leases(&[], self.deadline()).await?;
         let mut all = Vec::new();
-        let mut after = None;
-        loop {
-            let scan = Scan {
-                governor: governor.clone(),
-                kind: Kind::Locks,
-                range: Range::Names { after },
-                limit: PAGE,
-            };
-            let page = self.reader().page(&scan).await?;
-            for document in &page.documents {
-                let lease = schema::read_lease(document)?;
-                let found = FoundLease { lease, revision: document.revision };
-                all.push((document.key.clone(), found));
-            }
-            match page.next.map(|next| next.range) {
-                Some(Range::Names { after: next @ Some(_) }) => after = next,
-                _ => return Ok((all, moment)),
+        let mut pages = self.reader().all(governor, Kind::Locks);
+        while let Some(documents) = pages.next_page().await? {
+            for document in documents {
+                let lease = schema::read_lease(&document)?;
+                all.push((document.key, FoundLease { lease, revision: document.revision }));
             }
         }
+        Ok((all, moment))
     }
 
     /// An alarm for one lock.

@@ -6,8 +6,8 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 
 use crate::backend::{
-    Alarm, BackendError, Cursor, Document, Key, Kind, Name, Page, Query, Range, Read, Revision,
-    Rung, Scan, refuse_query,
+    Alarm, BackendError, Cursor, Document, Key, Kind, Name, Query, Range, Read, Revision, Rung,
+    Scan, refuse_query,
 };
 use crate::chain::Change;
 use crate::config::RetryPolicy;
@@ -16,6 +16,9 @@ use crate::keys::Address;
 use crate::patience::{self, Deadline};
 use crate::schema::{self, Command};
 use crate::transition::Head;
+
+/// How many of all documents of a kind are read in one go.
+const PAGE: usize = 200;
 
 /// A head as it was read or written, with the revision that guards the next change.
 #[derive(Debug, Clone)]
@@ -98,8 +101,11 @@ impl<'a> Reader<'a> {
         found.first().and_then(Option::as_ref).map(schema::read_command).transpose()
     }
 
-    pub(crate) async fn page(self, scan: &Scan) -> Result<Page> {
-        self.call(|read| read.scan(scan)).await
+    /// All documents of a governor in an unversioned kind, ascending by name.
+    pub(crate) fn all(self, governor: &Name, kind: Kind) -> All<'a> {
+        let range = Range::Names { after: None };
+        let scan = Scan { governor: governor.clone(), kind, range, limit: PAGE };
+        All { reader: self, next: Some(scan) }
     }
 
     pub(crate) async fn heads(self, addresses: &[Address]) -> Result<Vec<Option<KnownHead>>> {
@@ -246,6 +252,22 @@ impl<'a> Reader<'a> {
 
     pub(crate) async fn count(self, governor: Option<&Name>, kind: Kind) -> Result<u64> {
         self.call(|read| read.count(governor, kind)).await
+    }
+}
+
+/// A reading of all documents of a kind, as they stand when each page is read.
+pub(crate) struct All<'a> {
+    reader: Reader<'a>,
+    next: Option<Scan>,
+}
+
+impl All<'_> {
+    /// The next documents, perhaps none of them; `None` after the last.
+    pub(crate) async fn next_page(&mut self) -> Result<Option<Vec<Document>>> {
+        let Some(scan) = self.next.take() else { return Ok(None) };
+        let page = self.reader.call(|read| read.scan(&scan)).await?;
+        self.next = page.next;
+        Ok(Some(page.documents))
     }
 }
 

@@ -2,14 +2,12 @@
 //! that binds them.
 
 mod log;
+mod report;
 
-use std::fmt;
 use std::io::Write;
 
-use serde::Serialize;
-
-use crate::backend::{Kind, Range, Revision, Scan};
-use crate::chain::{Change, Hash, Hasher};
+use crate::backend::{Kind, Revision};
+use crate::chain::{Change, Hasher};
 use crate::error::{Error, Result};
 use crate::export::ContentHash;
 use crate::keys::{Address, Name};
@@ -19,6 +17,8 @@ use crate::schema;
 use crate::store::StateStore;
 use crate::transition::Head;
 use log::Log;
+
+pub use report::{ConsistencyReport, Problem, Rule, VerifyReport};
 
 /// Events in memory at once.
 const PAGE: usize = 1_000;
@@ -31,97 +31,6 @@ const LOOKS_AT_COUNTS: u32 = 3;
 
 /// How many events, and saved snapshots, are stored and reached.
 type Strays = ((u64, u64), (u64, u64));
-
-/// What a proof of a whole store found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct VerifyReport {
-    /// Whether everything holds.
-    pub ok: bool,
-    /// States, deleted ones included.
-    pub states: u64,
-    /// Events that belong to the history of a state.
-    pub events: u64,
-    /// Saved snapshots.
-    pub snapshots: u64,
-    /// Events that were given up and still stand, since a clean-up or purge was stopped. No problem:
-    /// the next one removes them.
-    pub leftovers: u64,
-    /// What does not hold, each with its place.
-    pub problems: Vec<String>,
-    /// The hash of all that the log says, as [`StateStore::export`] computes it. Says nothing when
-    /// there are problems.
-    pub content_hash: Hash,
-}
-
-/// What a proof of one governor found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct ConsistencyReport {
-    /// Whose states.
-    pub governor_id: String,
-    /// Whether everything holds.
-    pub ok: bool,
-    /// States, deleted ones included.
-    pub states: u64,
-    /// Events that belong to the history of a state.
-    pub events: u64,
-    /// Saved snapshots.
-    pub snapshots: u64,
-    /// Events that were given up and still stand.
-    pub leftovers: u64,
-    /// Every rule that is broken, and where.
-    pub problems: Vec<Problem>,
-}
-
-/// A rule that is broken.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct Problem {
-    /// Which rule.
-    pub rule: Rule,
-    /// Where: the state, or the governor or store when it is none of a state.
-    pub place: String,
-    /// At which version, if it is about one.
-    pub version: Option<u64>,
-    /// What was found.
-    pub reason: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.place)?;
-        if let Some(version) = self.version {
-            write!(f, " v{version}")?;
-        }
-        write!(f, ": {}", self.reason)
-    }
-}
-
-/// What must hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Rule {
-    /// Every document can be read, and is what its hash says.
-    Readable,
-    /// Every version from the first that is kept to the newest has its event.
-    NoGap,
-    /// Every event follows from the one before it, in its hash and in time.
-    Chain,
-    /// The head is the newest event.
-    HeadIsNewest,
-    /// Every saved snapshot that a head names exists.
-    SnapshotExists,
-    /// A saved snapshot is what the log says.
-    SnapshotIsOfLog,
-    /// Where history does not begin with version 1, a saved snapshot or a purge says so.
-    CutIsVouched,
-    /// No document stands beside a log.
-    NoStrays,
-    /// The engine's own structure is whole.
-    Structure,
-}
 
 #[derive(Clone)]
 struct Proof {
@@ -382,11 +291,9 @@ impl StateStore {
     /// Reads the locks of a governor, or its kept answers: they are in no log, so that they can be read is all
     /// that can be said.
     async fn verify_beside(&self, governor: &Name, kind: Kind, proof: &mut Proof) -> Result<()> {
-        let range = Range::Names { after: None };
-        let mut next = Some(Scan { governor: governor.clone(), kind, range, limit: 256 });
-        while let Some(scan) = next {
-            let page = self.records.reader().page(&scan).await?;
-            for document in &page.documents {
+        let mut all = self.records.reader().all(governor, kind);
+        while let Some(documents) = all.next_page().await? {
+            for document in &documents {
                 let read = match kind {
                     Kind::Locks => schema::read_lease(document).map(drop),
                     _ => schema::read_command(document).map(drop),
@@ -395,7 +302,6 @@ impl StateStore {
                     proof.note(error)?;
                 }
             }
-            next = page.next;
         }
         Ok(())
     }

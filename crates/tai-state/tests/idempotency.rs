@@ -16,6 +16,7 @@ use tai_state::{
     Error, ManualClock, NewTransition, StateMachinePersister, StateStore, StoreOptions,
     TransactionManager, TransactionStatus,
 };
+use tokio::task::JoinSet;
 
 on_every_backend![
     single_writes_are_answered_again,
@@ -26,6 +27,7 @@ on_every_backend![
     a_transaction_that_writes_nothing_is_answered_too,
     a_key_and_its_transaction_fit_together,
     answers_are_forgotten_when_their_time_is_over,
+    more_answers_than_are_read_in_one_go_are_forgotten,
     what_no_key_takes_is_refused,
 ];
 
@@ -236,6 +238,38 @@ async fn answers_are_forgotten_when_their_time_is_over(make: Make<'_>) {
     assert_eq!(first.save_state("g", "s", counter(0), why()).await.unwrap(), 6);
     let third = store.idempotency_key("k2").unwrap();
     assert_eq!(third.save_state("g", "s", counter(2), why()).await.unwrap(), 3);
+    proved(&store).await;
+}
+
+/// More than the backends and the crate read in one go, at both ends of a page also such that stay.
+async fn more_answers_than_are_read_in_one_go_are_forgotten(make: Make<'_>) {
+    let clock = ManualClock::at(Utc.with_ymd_and_hms(2026, 1, 1, 12, 0, 0).unwrap());
+    let set = |o: &mut StoreOptions| {
+        o.clock = Arc::new(clock.clone());
+        o.idempotency_ttl = Duration::from_secs(3_600);
+    };
+    let store = make(options(set));
+    let manager = TransactionManager::new(&store);
+    let save = async |keys: Vec<usize>| {
+        let mut tasks = JoinSet::new();
+        for n in keys {
+            let once = store.idempotency_key(format!("k{n:03}")).unwrap();
+            tasks.spawn(async move {
+                once.save_state("g", &format!("s{n}"), counter(1), why()).await.unwrap();
+            });
+        }
+        tasks.join_all().await;
+    };
+    let (stay, go): (Vec<usize>, Vec<usize>) = (0..450).partition(|n| n % 50 == 0);
+    let (staying, going) = (stay.len() as u64, go.len() as u64);
+    save(go).await;
+    clock.advance(TimeDelta::minutes(40));
+    save(stay).await;
+    clock.advance(TimeDelta::minutes(40));
+    assert_eq!(manager.forget_expired_commands().await.unwrap(), going);
+    clock.advance(TimeDelta::minutes(40));
+    assert_eq!(manager.forget_expired_commands().await.unwrap(), staying);
+    assert_eq!(manager.forget_expired_commands().await.unwrap(), 0);
     proved(&store).await;
 }
 

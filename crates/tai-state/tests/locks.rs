@@ -31,6 +31,7 @@ on_every_backend![
     renewals_do_not_upset_fenced_writes,
     a_broken_lock_is_lost,
     expired_locks_are_cleaned_up,
+    more_locks_than_are_read_in_one_go_are_listed,
     tokens_only_rise,
     what_no_lock_takes_is_refused,
     a_dropped_acquire_leaves_nothing_held,
@@ -325,6 +326,22 @@ async fn expired_locks_are_cleaned_up(make: Make<'_>) {
     assert_eq!(store.get_stats().await.unwrap().total_states, 0);
     assert!(store.list_governors(None, 10).await.unwrap().is_empty());
     proved(&store).await;
+}
+
+async fn more_locks_than_are_read_in_one_go_are_listed(make: Make<'_>) {
+    let store = open(make);
+    let manager = TransactionManager::new(store.clone());
+    let names: Vec<String> = (0..405).map(|n| format!("r{n:03}")).collect();
+    let mut held = Vec::new();
+    for some in names.chunks(135) {
+        held.extend(manager.acquire_locks(some, "a", LONG).await.unwrap());
+    }
+    let listed = manager.list_locks().await.unwrap();
+    let listed: Vec<String> = listed.into_iter().map(|lock| lock.resource).collect();
+    assert_eq!(listed, names);
+    let mut tasks = tokio::task::JoinSet::new();
+    held.into_iter().for_each(|lock| drop(tasks.spawn(lock.release())));
+    tasks.join_all().await.into_iter().for_each(Result::unwrap);
 }
 
 /// Grants over several locks, with release, drop, break and expiry, in any order.
