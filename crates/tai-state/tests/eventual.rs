@@ -20,7 +20,7 @@ use tai_state::{
 };
 
 on_every_backend![
-    the_specification_s_pattern_5,
+    concurrent_versions_are_resolved_by_time,
     a_stale_copy_changes_nothing,
     a_state_that_is_not_there_is_created,
     a_newer_copy_is_no_conflict,
@@ -35,7 +35,7 @@ on_every_backend![
     freshness_against_a_store,
 ];
 
-async fn the_specification_s_pattern_5(make: Make<'_>) {
+async fn concurrent_versions_are_resolved_by_time(make: Make<'_>) {
     let store = open(make);
     let v1 = save(&store, json!({"count": 1})).await;
     // Two concurrent versions, each from a replica of its own.

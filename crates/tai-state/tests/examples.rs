@@ -41,7 +41,7 @@ examples![
     time_travel in "../examples/time_travel.rs",
 ];
 /// Run as a process below, and by `readme.rs`.
-const RUN_AS_A_PROCESS: &[&str] = &["crash_recovery", "firestore"];
+const RUN_AS_A_PROCESS: &[&str] = &["crash_recovery", "firestore", "readme"];
 
 /// What stands behind these words, as a number.
 fn number(out: &str, words: &str) -> u64 {

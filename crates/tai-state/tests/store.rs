@@ -9,11 +9,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use chrono::TimeDelta;
-use common::{Make, balance, counter, open, options, proved, snapshot, why};
+use common::{Make, counter, open, options, proved, snapshot, why};
 use serde_json::json;
-use tai_state::{
-    ChangeMetadata, Clock, Error, ListOptions, StateMachinePersister, TransactionManager,
-};
+use tai_state::{Clock, Error, ListOptions, StateMachinePersister, TransactionManager};
 
 on_every_backend![
     several_states_are_read_as_of_one_moment,
@@ -29,7 +27,6 @@ on_every_backend![
     clocks_grow_with_every_change,
     sixteen_tasks_lose_no_update,
     racing_saves_all_count,
-    the_specification_s_patterns,
     every_call_can_be_spawned,
 ];
 
@@ -234,68 +231,6 @@ async fn racing_saves_all_count(make: Make<'_>) {
     }
     let versions: BTreeSet<u64> = tasks.join_all().await.into_iter().flatten().collect();
     assert_eq!(versions, (1..=160).collect());
-    proved(&store).await;
-}
-
-/// The specification's patterns 1 to 3, as they are written; what is on top of a store: `specification.rs`.
-async fn the_specification_s_patterns(make: Make<'_>) {
-    use tai_state::{StateId, StateSnapshot};
-    let store = open(make);
-
-    // Pattern 1
-    let snapshot = StateSnapshot::new(
-        StateId::new("counter".into()),
-        json!({"count": 0}),
-        ChangeMetadata::new("system", "initialization", None),
-    );
-    store
-        .save_state("governor1", "counter", snapshot, ChangeMetadata::new("system", "init", None))
-        .await
-        .unwrap();
-    let (state, version) = store.get_state("governor1", "counter").await.unwrap();
-    assert_eq!((state.data["count"].as_i64(), version), (Some(0), 1));
-
-    // Pattern 2
-    let mut new_state = state.clone();
-    new_state.data["count"] = json!(state.data["count"].as_i64().unwrap_or(0) + 1);
-    match store
-        .update_state(
-            "governor1",
-            "counter",
-            new_state,
-            version,
-            ChangeMetadata::new("user", "increment", Some(version)),
-        )
-        .await
-    {
-        Ok(new_version) => assert_eq!(new_version, 2),
-        Err(Error::VersionConflict { .. }) => panic!("nobody else writes"),
-        Err(e) => panic!("{e}"),
-    }
-
-    // Pattern 3
-    for (id, balance) in [("account_a", 100), ("account_b", 0)] {
-        let account = StateSnapshot::new(id.into(), json!({"balance": balance}), why());
-        store.save_state("gov1", id, account, why()).await.unwrap();
-    }
-    let manager = TransactionManager::new(store.clone());
-    manager
-        .execute_transaction("governor1", |store| {
-            Box::pin(async move {
-                let (account_a, ver_a) = store.get_state("gov1", "account_a").await?;
-                let (account_b, ver_b) = store.get_state("gov1", "account_b").await?;
-                let mut new_a = account_a.clone();
-                let mut new_b = account_b.clone();
-                new_a.data["balance"] = json!(balance(&account_a) - 100);
-                new_b.data["balance"] = json!(balance(&account_b) + 100);
-                store.update_state("gov1", "account_a", new_a, ver_a, why()).await?;
-                store.update_state("gov1", "account_b", new_b, ver_b, why()).await?;
-                Ok(())
-            })
-        })
-        .await
-        .unwrap();
-    assert_eq!(balance(&store.get_state("gov1", "account_b").await.unwrap().0), 100);
     proved(&store).await;
 }
 

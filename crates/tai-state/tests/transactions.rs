@@ -23,8 +23,6 @@ on_every_backend![
     a_handle_outlives_its_transaction_harmlessly,
     several_changes_of_one_state_in_one_transaction,
     more_than_a_commit_takes_is_refused_while_it_is_gathered,
-    the_specification_s_pattern_3,
-    the_specification_s_chaos_test,
     transactions_are_logged,
     what_is_given_up_is_logged_too,
     several_governors_in_one_transaction,
@@ -273,71 +271,6 @@ async fn more_than_a_commit_takes_is_refused_while_it_is_gathered(make: Make<'_>
         assert_eq!(made.load(Ordering::SeqCst), expected, "{states} states");
     }
     assert_eq!(store.verify(|_| {}).await.unwrap().events, 0);
-}
-
-/// The specification's third pattern, with its arithmetic on JSON spelled out.
-async fn the_specification_s_pattern_3(make: Make<'_>) {
-    let store = Arc::new(open(make));
-    for id in ["account_a", "account_b"] {
-        let money = snapshot(id, json!({"balance": 500}));
-        store.save_state("gov1", id, money, why()).await.unwrap();
-    }
-    let metadata = why();
-    let manager = TransactionManager::new(store.clone());
-    let run = async || -> tai_state::Result<()> {
-        manager
-            .execute_transaction("governor1", |store| {
-                let metadata = metadata.clone();
-                Box::pin(async move {
-                    // Read
-                    let (account_a, ver_a) = store.get_state("gov1", "account_a").await?;
-                    let (account_b, ver_b) = store.get_state("gov1", "account_b").await?;
-                    // Compute
-                    let mut new_a = account_a.clone();
-                    let mut new_b = account_b.clone();
-                    new_a.data["balance"] = json!(new_a.data["balance"].as_i64().unwrap() - 100);
-                    new_b.data["balance"] = json!(new_b.data["balance"].as_i64().unwrap() + 100);
-                    // Write (atomic)
-                    store.update_state("gov1", "account_a", new_a, ver_a, metadata.clone()).await?;
-                    store.update_state("gov1", "account_b", new_b, ver_b, metadata).await?;
-                    Ok(())
-                })
-            })
-            .await
-    };
-    for _ in 0..3 {
-        run().await.unwrap();
-    }
-    let all = store.batch_get_states("gov1", &["account_a", "account_b"]).await.unwrap();
-    assert_eq!(all.iter().map(balance).collect::<Vec<_>>(), [200, 800]);
-    proved(&store).await;
-}
-
-/// The specification's chaos test: tasks that modify one state; some succeed, some conflict, and the
-/// count is that of the successes.
-async fn the_specification_s_chaos_test(make: Make<'_>) {
-    let store = Arc::new(open(make));
-    store.save_state("gov1", "counter", counter(0), why()).await.unwrap();
-    let mut tasks = vec![];
-    for _ in 0..10 {
-        let store_clone = store.clone();
-        tasks.push(tokio::spawn(async move {
-            let (mut state, version) = store_clone.get_state("gov1", "counter").await?;
-            state.data["count"] = json!(state.data["count"].as_u64().unwrap() + 1);
-            store_clone.update_state("gov1", "counter", state, version, why()).await
-        }));
-    }
-    let mut successes = 0;
-    for task in tasks {
-        match task.await.unwrap() {
-            Ok(_) => successes += 1,
-            Err(error) => assert!(matches!(error, Error::VersionConflict { .. }), "{error}"),
-        }
-    }
-    assert!(successes > 0);
-    let (state, version) = store.get_state("gov1", "counter").await.unwrap();
-    assert_eq!((state.data["count"].as_u64().unwrap(), version), (successes, successes + 1));
-    proved(&store).await;
 }
 
 async fn what_is_given_up_is_logged_too(make: Make<'_>) {
