@@ -169,6 +169,10 @@ pub(crate) struct Import {
     /// Read everything first, and take in nothing if one line is wrong.
     #[arg(long)]
     pub(crate) strict: bool,
+    /// Take in lines that are older than the history that is kept, where they stand behind lines that are
+    /// kept: their times fall, and they are new. Without this they are refused.
+    #[arg(long)]
+    pub(crate) take_older: bool,
     /// Write one JSON line to standard output for each transition that is durable.
     #[arg(long)]
     pub(crate) acks: bool,

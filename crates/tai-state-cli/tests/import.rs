@@ -19,6 +19,7 @@ on_every_engine!(
     equal_lines_are_two_transitions_and_running_again_adds_none,
     importing_one_s_own_export_adds_nothing,
     strict_refuses_the_deletion_of_nothing,
+    strict_takes_in_an_export_with_a_purge,
     gzip_from_a_slow_pipe,
     times_are_kept_and_never_go_back,
     deletions_go_through,
@@ -180,6 +181,30 @@ fn strict_refuses_the_deletion_of_nothing(engine: Engine) {
     }
     assert_eq!(store.feed(&["import", "--strict", "-"], bad.as_bytes()).exit, 3);
     assert_eq!(store.json(&["stats"]).ok().json()["total_events"], 2);
+    // What is deleted cannot be deleted again; nothing before such a line is taken in either.
+    let again = format!("{}\n{}", line("c", 1, 1), delete("a").replace("\"x\"", "\"y\""));
+    assert_eq!(store.feed(&["import", "--strict", "-"], again.as_bytes()).exit, 3);
+    assert_eq!(store.run(&["get", "g/c"]).exit, 3);
+}
+
+/// A log that begins with what a purge has left is whole.
+fn strict_takes_in_an_export_with_a_purge(engine: Engine) {
+    let store = engine.store();
+    store.run(&["put", "g/a", "--data", "1"]).ok();
+    store.run(&["rm", "g/a"]).ok();
+    store.run(&["purge", "g/a", "--yes"]).ok();
+    store.run(&["put", "g/b", "--data", "2"]).ok();
+    let exported = store.run(&["export"]).ok().out;
+    let other = engine.place();
+    for applied in [2, 0] {
+        let ran = store_feed(&other, &exported);
+        assert_eq!(ran["applied"], applied);
+    }
+    assert_eq!(other.run(&["get", "g/a"]).exit, 3);
+}
+
+fn store_feed(store: &common::Store, lines: &str) -> serde_json::Value {
+    store.feed(&["-o", "json", "import", "--strict", "-"], lines.as_bytes()).ok().json()
 }
 
 /// A pipe that gives a byte at a time is gzip all the same.

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 on_every_engine!(
     an_old_file_taken_in_again_after_a_clean_up_changes_nothing,
     what_was_not_taken_in_yet_goes_in_after_a_clean_up,
+    old_lines_behind_newer_ones_do_not_become_the_newest_version,
     an_own_export_taken_in_again_after_a_clean_up_changes_nothing,
     a_purged_state_is_not_brought_back_by_an_old_file,
 );
@@ -65,13 +66,29 @@ fn an_old_file_taken_in_again_after_a_clean_up_changes_nothing(engine: Engine) {
 fn what_was_not_taken_in_yet_goes_in_after_a_clean_up(engine: Engine) {
     let equal: Vec<String> = (1..=6).map(|n| line(1, n)).collect();
     let falling = vec![line(10, 1), line(5, 2), line(6, 3), line(7, 4), line(7, 4), line(7, 4)];
-    for (lines, first) in [(&equal, 3), (&falling, 2), (&falling, 5)] {
+    for (lines, first, falls) in [(&equal, 3, false), (&falling, 2, true), (&falling, 5, true)] {
         let store = engine.store();
         let begun = store.write("begun.jsonl", lines[..first].concat().as_bytes());
         assert_eq!(taken_in(&store, &begun)[0], first as u64);
         store.run(&["cleanup", "--older-than", "1s"]).ok();
         let whole = store.write("whole.jsonl", lines.concat().as_bytes());
-        let [applied, known, older] = taken_in(&store, &whole);
+        if falls {
+            // Nobody can tell whether these are new, or old ones in another order.
+            for strict in [&["--strict"][..], &[]] {
+                let refused = store.json(&[&["import", &whole], strict].concat());
+                let error = refused.error();
+                let told = (&error["code"], &error["line"]);
+                let line = json!(first + 1);
+                assert_eq!((refused.exit, told), (5, (&json!("older_than_history"), &line)));
+                let last: Value = serde_json::from_str(&lines[first - 1]).unwrap();
+                is(&store, last["data"].clone());
+            }
+        }
+        let take = ["import", &whole, "--take-older"];
+        let take = if falls { &take[..] } else { &take[..2] };
+        let summary = store.json(take).ok().json();
+        let [applied, known, older] = ["applied", "already_there", "older_than_history"]
+            .map(|field| summary[field].as_u64().unwrap());
         assert_eq!(
             (applied, known + older),
             ((lines.len() - first) as u64, first as u64),
@@ -82,6 +99,25 @@ fn what_was_not_taken_in_yet_goes_in_after_a_clean_up(engine: Engine) {
         is(&store, last["data"].clone());
         assert_eq!(store.json(&["get", "g/s"]).ok().json()["version"], lines.len(), "{first}");
     }
+}
+
+/// Days whose files a shell puts in another order than they came: 10 before 8 and 9.
+fn old_lines_behind_newer_ones_do_not_become_the_newest_version(engine: Engine) {
+    let store = engine.store();
+    let day = |day: u32| (0..3).map(|n| line(day + n, day + n)).collect::<String>();
+    for first in [10, 20, 30] {
+        let file = store.write("day.jsonl", day(first).as_bytes());
+        assert_eq!(taken_in(&store, &file), [3, 0, 0]);
+    }
+    store.run(&["cleanup", "g", "--before", "2026-01-01T00:00:30Z"]).ok();
+    let hash = store.verified()["content_hash"].clone();
+    let mixed = store.write("mixed.jsonl", [day(30), day(10), day(20)].concat().as_bytes());
+    let refused = store.json(&["import", &mixed]);
+    assert_eq!((refused.exit, &refused.error()["line"]), (5, &json!(4)), "{refused:?}");
+    let sorted = store.write("sorted.jsonl", [day(10), day(20), day(30)].concat().as_bytes());
+    assert_eq!(taken_in(&store, &sorted), [0, 3, 6]);
+    assert_eq!(store.verified()["content_hash"], hash);
+    is(&store, 32);
 }
 
 fn an_own_export_taken_in_again_after_a_clean_up_changes_nothing(engine: Engine) {
@@ -132,6 +168,12 @@ fn an_export_onto_a_store_is_refused() {
     }
     drop(holder.stdin.take());
     assert!(holder.wait().unwrap().success());
+    is(&store, 1);
+    // Closed, it has no log, and one that is no log would be taken for a damaged one.
+    for name in [part("-wal"), part("-shm"), part("-journal")] {
+        assert_eq!(store.json(&["export", "--out", &name]).exit, 4, "{name}");
+        assert!(!std::path::Path::new(&name).exists(), "{name}");
+    }
     is(&store, 1);
 }
 

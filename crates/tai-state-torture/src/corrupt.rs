@@ -18,6 +18,8 @@ use ask::{GOVERNORS, Truth, asked};
 /// Not so many that their log is folded into the file before it is damaged.
 const STATES: u64 = 80;
 const PAGE: usize = 4096;
+/// The header of a log and that of its first frame.
+const LOG_BEGINS: usize = LOG_HEADER + 24;
 /// A log is a header and frames: a page with a header of its own.
 const LOG_HEADER: usize = 32;
 const FRAME: usize = 24 + PAGE;
@@ -199,14 +201,20 @@ async fn log(run: &Run, rounds: u64, tally: &mut Tally) {
     assert!(kept < log.len());
     for (n, mut random) in run.rounds(rounds) {
         let mut damaged = log.clone();
-        // One in four near the end, where the last commits are.
-        let from = if random.percent(25) { log.len() - 60_000 } else { 0 };
-        let at = from + random.below((log.len() - from) as u64) as usize;
+        // One in four near the end, where the last commits are; one in eight where it says which log it is.
+        let (from, to) = match random.below(8) {
+            0 | 1 => (log.len() - 60_000, log.len()),
+            2 => (0, LOG_BEGINS),
+            _ => (0, log.len()),
+        };
+        let at = from + random.below((to - from) as u64) as usize;
+        tally.count("damages to the beginning of the log", u64::from(at < LOG_BEGINS));
         let what = match random.below(9) {
             0..=2 => {
-                let end = (at + 600).min(log.len());
+                let most = if at < LOG_BEGINS { log.len() as u64 / 2 } else { 600 };
+                let end = (at + 1 + random.below(most) as usize).min(log.len());
                 damaged[at..end].fill(0);
-                format!("log, round {n}: 600 bytes from {at} zeroed")
+                format!("log, round {n}: {at}..{end} zeroed")
             }
             3 => {
                 let frames = ((log.len() - LOG_HEADER) / FRAME) as u64;

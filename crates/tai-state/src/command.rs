@@ -134,11 +134,12 @@ impl Records {
         let versions: Vec<u64> = (version.saturating_sub(1).max(1)..=*version).collect();
         let mut found = self.reader_within(deadline.left()).changes_at(&address, &versions).await?;
         let Some(change) = found.pop().flatten() else {
+            let known = self.reader_within(deadline.left()).head(&address).await?;
             return Err(Error::HistoryTrimmed {
                 governor: governor.clone(),
                 state: state.clone(),
                 asked: format!("v{version}, which answered this command"),
-                first_version: version + 1,
+                first_version: known.map_or(version + 1, |known| known.head.first_version),
             });
         };
         let before = found.pop().flatten().map(|change| Arc::new(Head::new(change)));

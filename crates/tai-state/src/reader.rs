@@ -152,7 +152,7 @@ impl<'a> Reader<'a> {
         let key = address.snapshot(version);
         let found = self.get(&[key]).await?;
         let document = found.into_iter().next().flatten();
-        document.map(|d| schema::read_change(address, &d)).transpose()
+        document.map(|d| Ok(schema::read_saved(address, &d)?.0)).transpose()
     }
 
     /// The first changes in `from..=to`, at most `limit`.

@@ -157,6 +157,12 @@ impl Records {
                 (Found::Sound(head, _), None) => head.change.clone(),
                 _ => folded.newest()?.clone(),
             };
+            if thorough
+                && let Found::Sound(head, _) = &found
+                && repair.is_none()
+            {
+                fold.look_at_saved(head, folded.base).await?;
+            }
             if thorough && !fold.passed_over.is_empty() {
                 let head = match (&repair, &found) {
                     (Some(repair), _) => Some(repair.head.clone()),
@@ -272,6 +278,36 @@ impl Fold<'_> {
         Ok((self.finish(start, tail, head).await?, None))
     }
 
+    /// Looks at the saved snapshots before the one that was used, which nothing was asked of.
+    async fn look_at_saved(&mut self, head: &Head, base: RecoveryBase) -> Result<()> {
+        let RecoveryBase::SavedSnapshot(base) = base else { return Ok(()) };
+        for version in head.snapshot_versions.iter().rev().filter(|version| **version < base) {
+            let saved = match self.snapshot(*version).await {
+                Ok((Some(saved), bytes)) => {
+                    self.bytes += bytes;
+                    saved
+                }
+                Ok((None, _)) => {
+                    self.pass_over(*version, "it is missing");
+                    continue;
+                }
+                Err(Error::Corrupt { reason, .. }) => {
+                    self.pass_over(*version, &reason);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            match self.records.reader().changes_at(self.address, &[*version]).await {
+                Ok(found) if found.iter().flatten().all(|event| event.hash == saved.hash) => {}
+                Ok(_) => self.pass_over(*version, "it is not what the log says"),
+                // What is wrong with the log, `verify` tells.
+                Err(Error::Corrupt { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     /// The whole log, since nothing says where it may begin.
     async fn without_head(&mut self, found: &Found) -> Result<(Folded, Option<Repair>)> {
         let place = format!("the head of {}", self.address);
@@ -289,9 +325,9 @@ impl Fold<'_> {
                 _ => Err(lost("there are no events to make it from")),
             };
         };
-        let saved: BTreeMap<u64, Hash> = saved.into_iter().collect();
+        let unreadable: Vec<u64> = self.passed_over.iter().map(|passed| passed.version).collect();
         let mut sound = Vec::new();
-        let (mut purged, mut begins) = (None, None);
+        let (mut purged, mut kept_since) = (None, 0);
         let mut replay = Replay::from_first(oldest);
         let mut next = Some(tail);
         while let Some(tail) = next {
@@ -301,11 +337,11 @@ impl Fold<'_> {
                 if is_purge(&change) {
                     (purged, sound) = (Some(version), Vec::new());
                 }
-                if version == oldest {
-                    begins = Some(change.clone());
-                }
                 match saved.get(&version) {
-                    Some(saved) if *saved == change.hash => sound.push(version),
+                    Some((hash, first)) if *hash == change.hash => {
+                        sound.push(version);
+                        kept_since = kept_since.max(*first);
+                    }
                     Some(_) => self.pass_over(version, "it is not what the log says"),
                     None => {}
                 }
@@ -313,25 +349,30 @@ impl Fold<'_> {
             }
             next = self.after(&tail).await?;
         }
-        let mut save = Vec::new();
-        let first = match (purged, oldest) {
-            (Some(purged), _) => purged,
-            (None, 1) => 1,
-            // Damaged, it still says that the cut was here; a later one would give up what is whole.
-            (None, _) if self.passed_over.iter().any(|passed| passed.version == oldest) => {
-                sound.insert(0, oldest);
-                save.extend(begins);
-                oldest
-            }
-            // What was cleaned up left a saved snapshot at the cut.
-            (None, _) => *sound.first().ok_or_else(|| {
-                lost(&format!(
-                    "its log begins at v{oldest}, and no saved snapshot vouches for that: what \
-                     stood before was cleaned up or is lost"
-                ))
-            })?,
-        };
         let change = replay.last().cloned().ok_or_else(|| lost("there are no events"))?;
+        let first = match (purged, oldest) {
+            (Some(purged), _) => Some(purged),
+            (None, 1) => Some(1),
+            // Every saved snapshot knows since when history was kept; those before a cut go with it.
+            (None, _) if kept_since >= oldest => Some(kept_since),
+            // One that cannot be read, and stands before all that can, may be the one at the cut.
+            (None, _) => unreadable.into_iter().find(|version| {
+                (oldest..=change.version).contains(version)
+                    && sound.first().is_none_or(|first| version < first)
+            }),
+        };
+        let first = first.ok_or_else(|| {
+            lost(&format!(
+                "its log begins at v{oldest}, and no saved snapshot says that it should: what stood \
+                 before was cleaned up or is lost"
+            ))
+        })?;
+        let mut save = Vec::new();
+        if first > 1 && purged.is_none() && !sound.contains(&first) {
+            let begins = self.records.reader().changes_at(self.address, &[first]).await?;
+            save.extend(begins.into_iter().flatten());
+            sound.insert(0, first);
+        }
         // One that can be read and is not of this log stands in both.
         let unsound: BTreeSet<u64> = saved
             .keys()
@@ -399,21 +440,21 @@ impl Fold<'_> {
     async fn snapshot(&self, version: u64) -> Result<(Option<Change>, u64)> {
         let found = self.records.reader().get(&[self.address.snapshot(version)]).await?;
         let Some(document) = found.into_iter().next().flatten() else { return Ok((None, 0)) };
-        let change = schema::read_change(self.address, &document)?;
+        let (change, _) = schema::read_saved(self.address, &document)?;
         Ok((Some(change), document.bytes()))
     }
 
-    /// The versions and hashes of all saved snapshots that can be read.
-    async fn all_saved(&mut self) -> Result<Vec<(u64, Hash)>> {
-        let (mut saved, mut from) = (Vec::new(), 0);
+    /// All saved snapshots that can be read: their versions, their hashes, and since when history was kept.
+    async fn all_saved(&mut self) -> Result<BTreeMap<u64, (Hash, u64)>> {
+        let (mut saved, mut from) = (BTreeMap::new(), 0);
         loop {
             let reader = self.records.reader();
             let (documents, next) =
                 reader.versions(self.address, Kind::Snapshots, from, u64::MAX, self.batch).await?;
             for document in &documents {
                 self.bytes += document.bytes();
-                match schema::read_change(self.address, document) {
-                    Ok(change) => saved.push((change.version, change.hash)),
+                match schema::read_saved(self.address, document) {
+                    Ok((change, first)) => drop(saved.insert(change.version, (change.hash, first))),
                     Err(Error::Corrupt { reason, .. }) => {
                         self.pass_over(document.key.version, &reason);
                     }

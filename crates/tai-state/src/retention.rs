@@ -9,11 +9,11 @@
 //! does not hold them up. That is safe because a head never says again that history begins earlier:
 //!
 //! * Writers, purges and other clean-ups take over or raise what it says.
-//! * A recovery without a head takes the whole log only where that begins at version 1, at a saved snapshot
-//!   or at a purge. The commit that lets history begin later takes away what the log began with, and the
-//!   saved snapshots before the new beginning; what is left over from earlier is removed before it. So what
-//!   is found after that begins at none of them, and the recovery begins where the saved snapshot at the new
-//!   beginning is.
+//! * A recovery without a head lets history begin where the saved snapshots say that it was cut: each knows
+//!   since when history was kept when it was saved (`recovery.rs`). The commit that lets history begin later
+//!   takes away what the log began with, and the saved snapshots before the new beginning, and saves one
+//!   there; what is left over from earlier is removed before it. So what is found after that begins at none
+//!   of those that are left, and is not taken for a whole log.
 //! * A head that somebody removed, and a state that begins anew, has other events: each is removed only at
 //!   the revision that was read, and no document has a revision twice. The head is looked at before every
 //!   batch, and one that says otherwise ends the run.
@@ -300,7 +300,9 @@ impl StateMachinePersister {
                 progress(report);
             })
             .await?;
-            let old = known.head.snapshot_versions.iter().filter(|at| **at < base.version);
+            let saved = &known.head.snapshot_versions;
+            let is_new = !saved.contains(&base.version);
+            let old = saved.iter().filter(|at| **at < base.version);
             let sizes = self.sizes(address, old).await?;
             let begins = self.records.reader().get(&[address.event(first)]).await?;
             let begins = begins.iter().flatten().map(|found| (first, found.bytes())).collect();
@@ -317,7 +319,7 @@ impl StateMachinePersister {
             report.snapshots += snapshots;
             report.events += events;
             report.recovered_bytes += bytes + event_bytes;
-            report.snapshots_saved += u64::from(trim.save.is_some());
+            report.snapshots_saved += u64::from(is_new && trim.save.is_some());
             metrics::counter!("tai_state_events_removed_total").increment(events);
             progress(report);
         }

@@ -104,7 +104,7 @@ impl Records {
     ) -> Result<Sent> {
         let mut writes = Vec::new();
         if let Some(change) = &trim.save {
-            let body = schema::snapshot_body(change)?;
+            let body = schema::snapshot_body(change, trim.head.first_version)?;
             writes.push(Write::put(address.snapshot(change.version), body, Precondition::Any));
         }
         let snapshots = trim.drop_snapshots.iter().map(|version| address.snapshot(*version));
@@ -185,7 +185,7 @@ impl Records {
     ) -> Result<bool> {
         let mut writes = Vec::new();
         for change in &repair.save {
-            let body = schema::snapshot_body(change)?;
+            let body = schema::snapshot_body(change, repair.head.first_version)?;
             writes.push(Write::put(address.snapshot(change.version), body, Precondition::Any));
         }
         let dropped = repair.drop_snapshots.iter().map(|version| address.snapshot(*version));

@@ -81,10 +81,10 @@ impl StateMachinePersister {
                 versions.iter().map(|version| address.snapshot(*version)).collect();
             let found = self.records.reader().get(&keys).await?;
             for (version, document) in versions.iter().zip(found) {
-                let read = document.as_ref().map(|found| schema::read_change(address, found));
+                let read = document.as_ref().map(|found| schema::read_saved(address, found));
                 let (timestamp, problem) = match read {
                     None => (None, Some("it is missing".to_owned())),
-                    Some(Ok(change)) => (Some(change.timestamp), None),
+                    Some(Ok((change, _))) => (Some(change.timestamp), None),
                     Some(Err(error)) => (None, Some(error.to_string())),
                 };
                 saved.push(SavedSnapshot {

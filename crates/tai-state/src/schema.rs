@@ -98,6 +98,8 @@ struct SnapshotOut<'a> {
     prev_hash: Option<Hash>,
     hash: Hash,
     deleted: bool,
+    /// Since which version history was kept when it was saved.
+    first_version: u64,
 }
 
 /// What all three have in common, read.
@@ -157,7 +159,7 @@ pub(crate) fn writes(
         if step.save_snapshot {
             writes.push(Write::put(
                 address.snapshot(change.version),
-                snapshot_body(change)?,
+                snapshot_body(change, step.head.first_version)?,
                 Precondition::Any,
             ));
         }
@@ -247,7 +249,9 @@ fn event_body(change: &Change, from_state: Option<&Value>) -> Result<Body> {
     )
 }
 
-pub(crate) fn snapshot_body(change: &Change) -> Result<Body> {
+/// The body of a saved snapshot, which says too since when history was kept. Where a head is lost, that tells
+/// what was cleaned up from what is missing.
+pub(crate) fn snapshot_body(change: &Change, first_version: u64) -> Result<Body> {
     body(
         change,
         &SnapshotOut {
@@ -262,6 +266,7 @@ pub(crate) fn snapshot_body(change: &Change) -> Result<Body> {
             prev_hash: change.prev_hash,
             hash: change.hash,
             deleted: change.deleted,
+            first_version,
         },
     )
 }
@@ -325,14 +330,32 @@ pub(crate) fn read_head(address: &Address, document: &Document) -> Result<Head> 
 
 /// Reads an event or a saved snapshot, and checks its version and hash.
 pub(crate) fn read_change(address: &Address, document: &Document) -> Result<Change> {
-    let change = change(address, document, read(document)?)?;
+    read_noted(address, document).map(|(change, _)| change)
+}
+
+/// Reads a saved snapshot, and since which version history was kept when it was saved.
+pub(crate) fn read_saved(address: &Address, document: &Document) -> Result<(Change, u64)> {
+    let (change, first_version) = read_noted(address, document)?;
+    if !(1..=change.version).contains(&first_version) {
+        return Err(Error::corrupt(
+            document.key.to_string(),
+            format!("it says that history was kept since version {first_version}"),
+        ));
+    }
+    Ok((change, first_version))
+}
+
+fn read_noted(address: &Address, document: &Document) -> Result<(Change, u64)> {
+    let read = read(document)?;
+    let first_version = read.first_version;
+    let change = change(address, document, read)?;
     if change.version != document.key.version {
         return Err(Error::corrupt(
             document.key.to_string(),
             format!("it says that it is version {}", change.version),
         ));
     }
-    Ok(change)
+    Ok((change, first_version))
 }
 
 fn read(document: &Document) -> Result<ChangeIn> {
@@ -408,8 +431,8 @@ mod tests {
             let address = change.address.clone();
             let event = document(address.event(change.version), event_body(&change, None).unwrap());
             prop_assert_eq!(read_change(&address, &event).unwrap(), change.clone());
-            let saved = document(address.snapshot(change.version), snapshot_body(&change).unwrap());
-            prop_assert_eq!(read_change(&address, &saved).unwrap(), change.clone());
+            let saved = document(address.snapshot(change.version), snapshot_body(&change, 1).unwrap());
+            prop_assert_eq!(read_saved(&address, &saved).unwrap(), (change.clone(), 1));
             let head = Head { snapshot_versions: vec![1], ..Head::new(change) };
             let stored = document(address.head(), head_body(&head).unwrap());
             prop_assert_eq!(read_head(&address, &stored).unwrap(), head);

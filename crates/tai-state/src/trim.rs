@@ -34,7 +34,7 @@ impl Trim {
 }
 
 /// Gives up what stands before `base`, the event at which history begins from now on, and saves
-/// a snapshot there. `None` when history does not begin earlier. Where there are very many saved
+/// a snapshot there, which says so. `None` when history does not begin earlier. Where there are very many saved
 /// snapshots to remove, they go first, step by step. Nothing may be left of what was given up before.
 ///
 /// With it goes the event at which history began until now, so that without a head nobody takes what is
@@ -52,8 +52,9 @@ pub(crate) fn cut(head: &Head, base: &Change) -> Option<Trim> {
         trim.head.oldest_version = head.first_version + 1;
         if !trim.head.snapshot_versions.contains(&first) {
             trim.head.snapshot_versions.insert(0, first);
-            trim.save = Some(base.clone());
         }
+        // One that stands there is written anew: it says that history begins with it.
+        trim.save = Some(base.clone());
     }
     Some(trim)
 }
@@ -125,7 +126,7 @@ mod tests {
             assert_eq!(trim.drop_events, [1]);
             assert_eq!(trim.head.change, head.change);
             assert_eq!(trim.head.snapshot_versions.first(), Some(&first));
-            assert_eq!(trim.save.is_some(), ![9, 12].contains(&first));
+            assert_eq!(trim.save.as_ref(), Some(&log[first as usize - 1]), "saved anew too");
             let kept = trim.head.snapshot_versions.iter().filter(|v| **v != first);
             let dropped = trim.drop_snapshots.iter();
             assert!(kept.clone().all(|v| *v > first) && dropped.clone().all(|v| *v < first));

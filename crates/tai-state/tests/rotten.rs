@@ -99,6 +99,23 @@ async fn a_head_is_made_anew() {
     }
 }
 
+/// Also those that a replay does not need, since there is a newer one.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_saved_snapshot_is_made_anew_when_that_is_asked_for() {
+    let lost = format!("DELETE FROM snapshot {OF_S} 20");
+    let damaged = format!("UPDATE snapshot SET {} {OF_S} 30", DAMAGES[1]);
+    let folder = tempfile::tempdir().unwrap();
+    let path = rotten(folder.path(), &[&lost, &damaged]).await;
+    let (store, persister) = open(&path).await;
+    assert!(!store.verify(|_| {}).await.unwrap().ok);
+    let (_, report) = persister.recover("g", "s").await.unwrap();
+    let passed: Vec<u64> = report.passed_over.iter().map(|passed| passed.version).collect();
+    assert_eq!((passed, report.repaired), (vec![30, 20], true), "{report:?}");
+    is_whole(&store, "two of three").await;
+    let saved = persister.saved_snapshots("g", "s").await.unwrap();
+    assert!(saved.iter().all(|saved| saved.problem.is_none()) && saved.len() == 3, "{saved:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_saved_snapshot_is_made_anew_also_with_its_head() {
     for damage in DAMAGES {

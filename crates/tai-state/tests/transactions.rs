@@ -5,7 +5,6 @@
 #[macro_use]
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use common::{Make, balance, counter, open, options, proved, snapshot, why};

@@ -118,7 +118,7 @@ async fn to_file(
             let mut there = File::options().write(true).open(path).map_err(failed)?;
             return written(store, governor, path, &mut there, count).await;
         }
-        Err(_) => {}
+        Err(_) => refuse_store(path)?,
     }
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -157,13 +157,17 @@ async fn written(
 fn refuse_store(path: &Path) -> Outcome {
     let failed = |error: std::io::Error| io(&path.display().to_string(), &error);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let mut is_part = ["-wal", "-shm"].iter().any(|end| {
+    let mut is_part = ["-wal", "-shm", "-journal"].iter().any(|end| {
         let of = name.strip_suffix(end).map(|of| path.with_file_name(of));
         of.is_some_and(|of| begins_like_a_store(&of).unwrap_or(false))
     });
-    is_part |= begins_like_a_store(path).map_err(failed)?;
+    is_part |= match begins_like_a_store(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => false,
+        begins => begins.map_err(failed)?,
+    };
     if is_part {
-        let message = format!("{}: a store stands there, and would be lost", path.display());
+        let message =
+            format!("{}: a store stands there, or beside it, and would be lost", path.display());
         return Err(Failure::new(exit::CONFLICT, "exists", message).hint("give another name"));
     }
     Ok(())

@@ -5,14 +5,16 @@
 //!
 //! What is there already is passed over. Where the beginning of a state's history was removed, nobody can
 //! tell whether a line from then was there: it is passed over too, and counted apart, since written on top
-//! it would make the past the newest version.
+//! it would make the past the newest version. One that stands behind lines that are kept is refused.
 
+use std::cmp::Ordering;
 use std::collections::hash_map::{DefaultHasher, Entry};
 use std::collections::{HashMap, HashSet};
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
@@ -26,6 +28,9 @@ use crate::args::{Global, Import};
 use crate::cmd::lines::Lines;
 use crate::failure::{Failure, Outcome, exit, io};
 use crate::{connect, output};
+
+/// The action of a purge, in a log from elsewhere too.
+const PURGE: &str = "purge";
 
 /// Lines that wait for one task.
 const QUEUE: usize = 16;
@@ -52,11 +57,8 @@ struct Counts {
 }
 
 pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
-    let path = if args.strict {
-        checked(global, &args.file).await?
-    } else {
-        Source::Named(args.file.clone())
-    };
+    let path =
+        if args.strict { checked(global, args).await? } else { Source::Named(args.file.clone()) };
     let lines = Lines::open(path.path())?;
     let store = connect(global, true).await?;
     let counts = Arc::new(Counts::default());
@@ -72,6 +74,7 @@ pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
             persister: StateMachinePersister::with_defaults(store.clone()),
             counts: Arc::clone(&counts),
             acks: args.acks,
+            take_older: args.take_older,
             bar: bar.clone(),
             known: HashMap::new(),
         };
@@ -96,9 +99,9 @@ pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
         }
     }
     bar.finish_and_clear();
-    let applied = counts.applied.load(Ordering::Relaxed);
-    let known = counts.known.load(Ordering::Relaxed);
-    let older = counts.older.load(Ordering::Relaxed);
+    let applied = counts.applied.load(Relaxed);
+    let known = counts.known.load(Relaxed);
+    let older = counts.older.load(Relaxed);
     let say = |failure: Failure| {
         let failure = failure.with("applied", applied).with("already_there", known);
         let failure = failure.with("older_than_history", older);
@@ -115,7 +118,7 @@ pub(crate) async fn run(global: &Global, args: &Import) -> Outcome {
         return Err(say(failure));
     }
     read.map_err(say)?;
-    let states = counts.states.load(Ordering::Relaxed);
+    let states = counts.states.load(Relaxed);
     let object = json!({
         "lines": applied + known + older, "applied": applied, "already_there": known,
         "older_than_history": older, "states": states,
@@ -149,14 +152,15 @@ impl Source {
     }
 }
 
-/// Reads everything and refuses all if one line is wrong, the deletion of a state that never was
-/// included.
-async fn checked(global: &Global, path: &Path) -> Outcome<Source> {
+/// Reads everything and refuses all if one line is wrong, also beside what the store has: the deletion of a
+/// state that is not there, or a line that nobody can tell to be new.
+async fn checked(global: &Global, args: &Import) -> Outcome<Source> {
+    let path = &args.file;
     let is_stdin = path.as_os_str() == "-";
     let name = if is_stdin { "standard input".to_owned() } else { path.display().to_string() };
     let failed = |error: std::io::Error| io(&name, &error);
     let source = if !is_stdin && path.metadata().map_err(failed)?.is_file() {
-        Source::Named(path.to_path_buf())
+        Source::Named(path.clone())
     } else {
         // A pipe gives its bytes once, and they are read twice.
         let mut copy = tempfile::NamedTempFile::new().map_err(failed)?;
@@ -170,35 +174,33 @@ async fn checked(global: &Global, path: &Path) -> Outcome<Source> {
     };
     let mut lines = Lines::open(source.path())?;
     let refuse = |failure: Failure| failure.hint("nothing was taken in (--strict)");
-    // States that exist after the lines so far; only deletions ask the store.
-    let mut made: HashSet<(String, String)> = HashSet::new();
-    let mut store: Option<Option<StateStore>> = None;
+    let store = match connect(global, false).await {
+        Ok(store) => Some(store),
+        Err(failure) if failure.exit == exit::NOT_FOUND => None,
+        Err(failure) => return Err(refuse(failure)),
+    };
+    let mut identities = Identities::default();
+    let mut states: HashMap<(String, String), Known> = HashMap::new();
     while let Some(Read { number, line, .. }) = next(&mut lines).map_err(refuse)? {
-        let address = (line.governor_id, line.state_id);
-        if !line.deleted {
-            made.insert(address);
-            continue;
-        }
-        if made.remove(&address) {
-            continue;
-        }
-        if store.is_none() {
-            let opened = match connect(global, false).await {
-                Ok(store) => Some(store),
-                Err(failure) if failure.exit == exit::NOT_FOUND => None,
-                Err(failure) => return Err(refuse(failure)),
-            };
-            store = Some(opened);
-        }
-        let known = match store.as_ref().and_then(Option::as_ref) {
-            Some(store) => store.record(&address.0, &address.1).await?.is_some(),
-            None => false,
+        let identity = identities.of(&line);
+        let known = match states.entry((line.governor_id.clone(), line.state_id.clone())) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => place.insert(match &store {
+                Some(store) => look(store, &line).await?,
+                None => Known::default(),
+            }),
         };
-        if !known {
+        let is_new = known.place(&line, &identity, args.take_older);
+        let is_new = is_new.map_err(|failure| refuse(failure.with("line", number)))?;
+        if is_new != Place::New {
+            continue;
+        }
+        if line.deleted && !known.is_alive && line.action != PURGE {
             let message = format!("line {number}: it deletes a state that does not exist");
             let failure = Failure::new(exit::NOT_FOUND, "state_not_found", message);
             return Err(refuse(failure.with("line", number)));
         }
+        known.take(known.version + 1, &line);
     }
     Ok(source)
 }
@@ -233,18 +235,12 @@ fn read(
     runtime: &Handle,
 ) -> Outcome {
     let room = Arc::new(Semaphore::new(WAITING_BYTES as usize));
-    // How often each line was seen, by a hash of it: a collision only makes a count larger, the same
-    // in every run.
-    let mut seen: HashMap<u64, u64> = HashMap::new();
+    let mut identities = Identities::default();
     while let Some(Read { number, line, bytes }) = next(&mut lines)? {
-        if counts.failed.load(Ordering::Relaxed) {
+        if counts.failed.load(Relaxed) {
             return Ok(());
         }
-        let mut hasher = DefaultHasher::new();
-        line.identity(0).hash(&mut hasher);
-        let count = seen.entry(hasher.finish()).or_default();
-        let identity = line.identity(*count);
-        *count += 1;
+        let identity = identities.of(&line);
         let mut hasher = DefaultHasher::new();
         (&line.governor_id, &line.state_id).hash(&mut hasher);
         let at = usize::try_from(hasher.finish() % queues.len() as u64).unwrap_or(0);
@@ -261,10 +257,39 @@ fn read(
     Ok(())
 }
 
+/// How often each line was seen, by a hash of it: a collision only makes a count larger, the same in every
+/// run.
+#[derive(Default)]
+struct Identities(HashMap<u64, u64>);
+
+impl Identities {
+    /// The identity of a line's event: equal lines have different ones.
+    fn of(&mut self, line: &TransitionLine) -> String {
+        let mut hasher = DefaultHasher::new();
+        line.identity(0).hash(&mut hasher);
+        let count = self.0.entry(hasher.finish()).or_default();
+        let identity = line.identity(*count);
+        *count += 1;
+        identity
+    }
+}
+
+/// What becomes of a line.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    New,
+    /// There is an event for it.
+    Known,
+    /// Its event may be one of those that were removed.
+    Older,
+}
+
 /// What a worker knows of a state.
 #[derive(Default)]
 struct Known {
     version: u64,
+    /// Whether there is one, and its newest version is no deletion.
+    is_alive: bool,
     /// The version of each event that was there before, by its identity, and (`false`) by the identity that its
     /// line would have if it were exported: so that a store also knows its own export. Of several equal
     /// lines that may be another one.
@@ -290,10 +315,40 @@ impl Known {
         is_met || is_its_own
     }
 
-    /// Whether a line that is not found may be one whose event was removed.
-    fn may_be_removed(&self, line: &TransitionLine) -> bool {
-        self.kept_since
-            .is_some_and(|(first, since)| self.reached < first && line.timestamp <= since)
+    /// What becomes of a line.
+    ///
+    /// # Errors
+    /// When nobody can tell: it is older than all that is kept, and stands behind what is. Written on top it
+    /// would make the past the newest version; passed over, it may be lost.
+    fn place(&mut self, line: &TransitionLine, identity: &str, take_older: bool) -> Outcome<Place> {
+        if self.meets(identity) {
+            return Ok(Place::Known);
+        }
+        let Some((first, since)) = self.kept_since else { return Ok(Place::New) };
+        let is_behind = self.reached >= first;
+        match line.timestamp.cmp(&since) {
+            Ordering::Greater => Ok(Place::New),
+            Ordering::Equal if is_behind => Ok(Place::New),
+            Ordering::Less if is_behind && take_older => Ok(Place::New),
+            Ordering::Less if is_behind => {
+                let (time, since) = (line.timestamp.to_rfc3339(), since.to_rfc3339());
+                let message = format!(
+                    "{}/{} of {time} is older than the history that is kept (since {since}), and stands behind \
+                     lines that are kept",
+                    line.governor_id, line.state_id
+                );
+                Err(Failure::new(exit::REJECTED, "older_than_history", message).hint(
+                    "sort the lines of a state by time, so that old ones are passed over; or, if its clock was set \
+                     back and they are new, give --take-older",
+                ))
+            }
+            Ordering::Less | Ordering::Equal => Ok(Place::Older),
+        }
+    }
+
+    /// Notes that the line became this version.
+    fn take(&mut self, version: u64, line: &TransitionLine) {
+        (self.version, self.reached, self.is_alive) = (version, version, !line.deleted);
     }
 }
 
@@ -302,6 +357,7 @@ struct Worker {
     persister: StateMachinePersister,
     counts: Arc<Counts>,
     acks: bool,
+    take_older: bool,
     bar: indicatif::ProgressBar,
     known: HashMap<(String, String), Known>,
 }
@@ -311,7 +367,7 @@ impl Worker {
         while let Some(item) = items.recv().await {
             let number = item.number;
             if let Err(failure) = self.take(item).await {
-                self.counts.failed.store(true, Ordering::Relaxed);
+                self.counts.failed.store(true, Relaxed);
                 let failure = failure.context(&format!("line {number}")).with("line", number);
                 return Err((number, failure.part_way()));
             }
@@ -327,25 +383,27 @@ impl Worker {
             let known = match self.known.entry(address) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(place) => {
-                    self.counts.states.fetch_add(1, Ordering::Relaxed);
+                    self.counts.states.fetch_add(1, Relaxed);
                     place.insert(look(&self.store, &line).await?)
                 }
             };
-            if known.meets(&identity) {
-                self.counts.known.fetch_add(1, Ordering::Relaxed);
-                return Ok(());
-            }
-            if known.may_be_removed(&line) {
-                self.counts.older.fetch_add(1, Ordering::Relaxed);
-                return Ok(());
+            match known.place(&line, &identity, self.take_older)? {
+                Place::New => {}
+                Place::Known => {
+                    self.counts.known.fetch_add(1, Relaxed);
+                    return Ok(());
+                }
+                Place::Older => {
+                    self.counts.older.fetch_add(1, Relaxed);
+                    return Ok(());
+                }
             }
             let transition =
                 transition(&line).at(line.timestamp).with_id(&identity).expecting(known.version);
             match self.persister.append(transition).await {
                 Ok(event) => {
-                    known.version = event.version();
-                    known.reached = event.version();
-                    self.counts.applied.fetch_add(1, Ordering::Relaxed);
+                    known.take(event.version(), &line);
+                    self.counts.applied.fetch_add(1, Relaxed);
                     drop(room);
                     if self.acks {
                         output::line(&output::compact(&json!({
@@ -399,6 +457,7 @@ async fn look(store: &StateStore, line: &TransitionLine) -> Outcome<Known> {
             let count = equal.entry(line.identity(0)).or_default();
             known.ids.entry(line.identity(*count)).or_insert((event.version(), false));
             *count += 1;
+            known.is_alive = !line.deleted;
             known.ids.insert(event.id, (event.to_state.version, true));
         }
     }

@@ -83,14 +83,14 @@ fn what_stands_beside_the_hash_is_checked_too() {
     assert_eq!(read(2, &|body| body["format"] = json!(FORMAT + 1)), "newer_format");
 
     // A saved snapshot has no such copies.
-    let saved = snapshot_body(second).unwrap();
+    let saved = snapshot_body(second, 2).unwrap();
     let saved = document(address.snapshot(2), &saved, |_| {});
     assert_eq!(read_change(address, &saved).unwrap(), *second);
 
     let mut none = second.clone();
     none.version = 0;
     none.hash = none.expected_hash();
-    let body = snapshot_body(&none).unwrap();
+    let body = snapshot_body(&none, 1).unwrap();
     let none = document(address.snapshot(0), &body, |_| {});
     assert!(read_change(address, &none).unwrap_err().to_string().contains("version 0"));
 }

@@ -11,7 +11,7 @@
 //!
 //! The format is <https://www.sqlite.org/fileformat2.html#the_write_ahead_log>.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{self, BufReader, Read};
 use std::path::Path;
@@ -145,6 +145,8 @@ fn read_from(mut log: impl Read) -> io::Result<Found> {
     let mut salts = is_sound.then(|| (word(&header, 16), word(&header, 20)));
     let mut first_bad = if is_sound { None } else { Some(0) };
     let mut commits_behind = 0;
+    // Without a header nothing says which log it is, nor in which order its bytes are: each is counted.
+    let mut without_header: HashMap<(u32, u32), u64> = HashMap::new();
     let mut frame = [0; FRAME_HEADER + PAGE];
     let mut number = 0u64;
     // Of a commit that is not whole yet.
@@ -156,9 +158,14 @@ fn read_from(mut log: impl Read) -> io::Result<Found> {
         // Without a header the first frame says which log it is.
         let is_current = *salts.get_or_insert(its_salts) == its_salts;
         let its_sum = (word(head, 16), word(head, 20));
-        let follows = its_sum
-            == sum(sum(seed, head.get(..8).unwrap_or_default(), big_endian), page, big_endian);
+        let sum_of = |big_endian| {
+            sum(sum(seed, head.get(..8).unwrap_or_default(), big_endian), page, big_endian)
+        };
+        let follows = its_sum == sum_of(big_endian);
         let is_commit = word(head, 4) != 0;
+        if !is_sound && is_commit && (follows || its_sum == sum_of(!big_endian)) {
+            *without_header.entry(its_salts).or_default() += 1;
+        }
         if first_bad.is_none() && !(is_current && follows) {
             first_bad = Some(number);
             // Its own commit counts, if that is what it was.
@@ -178,6 +185,7 @@ fn read_from(mut log: impl Read) -> io::Result<Found> {
         // be told from remains of an older log.
         seed = its_sum;
     }
+    let commits_behind = without_header.into_values().max().unwrap_or_default().max(commits_behind);
     let verdict = match first_bad {
         // One commit may have been under way.
         Some(frame) if commits_behind >= 2 => Verdict::Damaged { frame },
@@ -264,6 +272,23 @@ mod tests {
             flipped[at] ^= 0x04;
             let verdict = verdict(&flipped);
             assert!(matches!(verdict, Verdict::Damaged { .. }), "byte {at}: {verdict:?}");
+        }
+    }
+
+    #[test]
+    fn every_damage_to_the_beginning_is_noticed() {
+        let whole = log(8);
+        for at in 0..HEADER + FRAME_HEADER {
+            for bit in 0..8 {
+                let mut flipped = whole.clone();
+                flipped[at] ^= 1 << bit;
+                assert!(matches!(verdict(&flipped), Verdict::Damaged { .. }), "{at} {bit}");
+            }
+        }
+        for size in [32, 40, 44, 56, 512, 4096, 8192] {
+            let mut zeroed = whole.clone();
+            zeroed[..size].fill(0);
+            assert!(matches!(verdict(&zeroed), Verdict::Damaged { .. }), "{size}");
         }
     }
 

@@ -82,6 +82,12 @@ fn change(address: &Address, document: &Document) {
     let Some(change) = typed(schema::read_change(address, document)) else { return };
     assert_eq!(change.version, document.key.version);
     proved(&change);
+    if document.key.kind == Kind::Snapshots
+        && let Some((saved, first_version)) = typed(schema::read_saved(address, document))
+    {
+        assert_eq!(saved, change);
+        assert!((1..=change.version).contains(&first_version), "kept since {first_version}");
+    }
     for document in written(&change) {
         assert_eq!(schema::read_change(address, &document).expect("its own body"), change);
     }
