@@ -122,8 +122,8 @@ pub(crate) enum Command {
     ///   {"id":"t1","ops":[{"op":"get","state":"g/a"},{"op":"put","state":"g/b","data":{},"expect":3}]}
     ///
     /// Operations: get, put and merge (RFC 7396) with "data", append (to an array) and add (to a number)
-    /// with "value", delete; each may have "expect", the version that the state must have (0 = none). All of a line is done or
-    /// nothing. A line without "expect" is run again after a conflict. "id" is its idempotency key among
+    /// with "value", delete; each may have "expect", the version that the state must have (0 = none).
+    /// All of a line is done or nothing. A line without "expect" is run again after a conflict. "id" is its idempotency key among
     /// the lines of this store: sent again, it is answered as before and not applied again. Without an id (or
     /// with null) nothing is kept. "actor" and "reason" say who and why.
     ///

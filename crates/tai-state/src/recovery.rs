@@ -370,7 +370,9 @@ impl Fold<'_> {
         let mut save = Vec::new();
         if first > 1 && purged.is_none() && !sound.contains(&first) {
             let begins = self.records.reader().changes_at(self.address, &[first]).await?;
-            save.extend(begins.into_iter().flatten());
+            let begins = begins.into_iter().next().flatten();
+            // A head must not name a saved snapshot that is not there.
+            save.push(begins.ok_or_else(|| lost("the event at which its history begins is gone"))?);
             sound.insert(0, first);
         }
         // One that can be read and is not of this log stands in both.

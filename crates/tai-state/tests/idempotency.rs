@@ -217,13 +217,16 @@ async fn a_key_and_its_transaction_fit_together(make: Make<'_>) {
     assert_eq!(events(&store).await, 1);
 }
 
-async fn answers_are_forgotten_when_their_time_is_over(make: Make<'_>) {
-    let clock = ManualClock::at(Utc.with_ymd_and_hms(2026, 1, 1, 12, 0, 0).unwrap());
-    let set = |o: &mut StoreOptions| {
+fn kept_for_an_hour(clock: &ManualClock) -> StoreOptions {
+    options(|o| {
         o.clock = Arc::new(clock.clone());
         o.idempotency_ttl = Duration::from_secs(3_600);
-    };
-    let store = make(options(set));
+    })
+}
+
+async fn answers_are_forgotten_when_their_time_is_over(make: Make<'_>) {
+    let clock = ManualClock::at(Utc.with_ymd_and_hms(2026, 1, 1, 12, 0, 0).unwrap());
+    let store = make(kept_for_an_hour(&clock));
     let manager = TransactionManager::new(&store);
     for n in 0..5 {
         let once = store.idempotency_key(format!("k{n}")).unwrap();
@@ -244,11 +247,7 @@ async fn answers_are_forgotten_when_their_time_is_over(make: Make<'_>) {
 /// More than the backends and the crate read in one go, at both ends of a page also such that stay.
 async fn more_answers_than_are_read_in_one_go_are_forgotten(make: Make<'_>) {
     let clock = ManualClock::at(Utc.with_ymd_and_hms(2026, 1, 1, 12, 0, 0).unwrap());
-    let set = |o: &mut StoreOptions| {
-        o.clock = Arc::new(clock.clone());
-        o.idempotency_ttl = Duration::from_secs(3_600);
-    };
-    let store = make(options(set));
+    let store = make(kept_for_an_hour(&clock));
     let manager = TransactionManager::new(&store);
     let save = async |keys: Vec<usize>| {
         let mut tasks = JoinSet::new();
