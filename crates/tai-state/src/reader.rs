@@ -148,11 +148,15 @@ impl<'a> Reader<'a> {
         document.map(|document| schema::read_change(address, &document)).transpose()
     }
 
-    pub(crate) async fn snapshot(self, address: &Address, version: u64) -> Result<Option<Change>> {
-        let key = address.snapshot(version);
-        let found = self.get(&[key]).await?;
+    /// A saved snapshot, and since which version history was kept when it was saved.
+    pub(crate) async fn saved(
+        self,
+        address: &Address,
+        version: u64,
+    ) -> Result<Option<(Change, u64)>> {
+        let found = self.get(&[address.snapshot(version)]).await?;
         let document = found.into_iter().next().flatten();
-        document.map(|d| Ok(schema::read_saved(address, &d)?.0)).transpose()
+        document.map(|document| schema::read_saved(address, &document)).transpose()
     }
 
     /// The first changes in `from..=to`, at most `limit`.

@@ -74,6 +74,14 @@ impl Head {
     pub(crate) fn cut_snapshot(&self) -> Option<u64> {
         (self.first_version > 1).then_some(self.first_version)
     }
+
+    /// Whether a saved snapshot contradicts it about since when history is kept: the one at the cut must say
+    /// that it begins there, since without a head only that tells a cut from a loss, and none may know of a
+    /// later cut.
+    pub(crate) fn is_disputed_by(&self, snapshot: u64, kept_since: u64) -> bool {
+        kept_since > self.first_version
+            || (snapshot == self.first_version && kept_since != snapshot)
+    }
 }
 
 /// What must be true of the head.

@@ -417,14 +417,26 @@ impl StateStore {
         let mut saved = Vec::new();
         for version in &head.snapshot_versions {
             let place = || format!("the saved snapshot {address}");
-            match self.records.reader().snapshot(address, *version).await {
-                Ok(Some(snapshot)) => {
+            match self.records.reader().saved(address, *version).await {
+                Ok(Some((snapshot, kept_since))) => {
                     proof.snapshots += 1;
+                    if head.is_disputed_by(*version, kept_since) {
+                        // A clean-up may be seen here before it is seen in the head; then all is looked at anew.
+                        self.becomes(address, |newest| notes(newest) != notes(head)).await?;
+                        let first = head.first_version;
+                        let reason = format!(
+                            "it says that history is kept since v{kept_since}, the head says v{first}"
+                        );
+                        proof.problem(Rule::CutIsVouched, place(), Some(*version), reason);
+                    }
                     saved.push(snapshot);
                 }
-                // One that came and went with the changes of others was dropped together with its name.
-                Ok(None) if self.is_dropped(address, *version).await? => {}
                 Ok(None) => {
+                    let is_dropped = |newest: &Head| !newest.snapshot_versions.contains(version);
+                    // One that came and went with the changes of others was dropped together with its name.
+                    if self.becomes(address, is_dropped).await? {
+                        continue;
+                    }
                     proof.problem(Rule::SnapshotExists, place(), Some(*version), "it is missing");
                 }
                 Err(error) if is_damage(&error) => {
@@ -437,12 +449,12 @@ impl StateStore {
         Ok(saved)
     }
 
-    /// Whether a saved snapshot that a head named is not named any more, since others have written or
-    /// cleaned up: on Google's emulator that is visible a little later.
-    async fn is_dropped(&self, address: &Address, version: u64) -> Result<bool> {
+    /// Whether that is so of the head by now, since others have written or cleaned up: on Google's emulator
+    /// that is visible a little later.
+    async fn becomes(&self, address: &Address, is_so: impl Fn(&Head) -> bool) -> Result<bool> {
         for look in 0..LOOKS {
             let newest = self.find(address).await?.ok().flatten();
-            if newest.is_some_and(|newest| !newest.head.snapshot_versions.contains(&version)) {
+            if newest.is_some_and(|newest| is_so(&newest.head)) {
                 return Ok(true);
             }
             self.wait(look).await;

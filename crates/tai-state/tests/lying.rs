@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use tai_state::backend::memory::MemoryBackend;
 use tai_state::backend::{Backend, Body, Document, Key, Kind, Name, Precondition, Write};
 use tai_state::{
-    CleanupOptions, Error, HeadCondition, PersistenceConfig, RecoveryBase, StateMachinePersister,
-    StateStore, StoreOptions,
+    CleanupOptions, Error, HeadCondition, PersistenceConfig, RecoveryBase, Rule,
+    StateMachinePersister, StateStore, StoreOptions,
 };
 
 fn config() -> PersistenceConfig {
@@ -485,6 +485,48 @@ async fn a_lost_head_of_a_shortened_log_needs_a_voucher() {
         remove(&backend, &key(Kind::Snapshots, "s", 23)).await;
         let error = fresh(&backend).1.recover("g", "s").await.unwrap_err();
         assert!(error.code() == "corrupt" && error.to_string().contains("v23"), "{error}");
+    }
+}
+
+/// Whoever has lost the head depends on what the saved snapshots say of the cut: what is wrong with that is
+/// found, and mended, while there is a head.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_saved_snapshot_that_disputes_the_cut_is_found_and_made_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, backend) in every_backend(folder.path()).await {
+        let (store, persister) = fresh(&backend);
+        for n in 1..=27 {
+            store.save_state("g", "s", snapshot("s", json!(n)), why()).await.unwrap();
+        }
+        let options = CleanupOptions::older_than(std::time::Duration::ZERO).keep_versions(5);
+        persister.cleanup("g", &options, |_| {}).await.unwrap();
+        persister.save_snapshot("g", "s").await.unwrap();
+        let (cut, newest) = (key(Kind::Snapshots, "s", 23), key(Kind::Snapshots, "s", 27));
+        let head = read(&backend, &key(Kind::States, "s", 0)).await;
+        for (at, said) in [(&cut, 1), (&cut, 22), (&newest, 24)] {
+            let what = format!("{name}: {at} says {said}");
+            let sound = read(&backend, at).await;
+            let text = sound.body.as_text();
+            let lie = text.replace("\"first_version\":23", &format!("\"first_version\":{said}"));
+            assert!(lie != text && put(&backend, at, &lie).await, "{what}: {text}");
+            let report = fresh(&backend).0.validate_consistency("g").await.unwrap();
+            let found: Vec<_> =
+                report.problems.iter().map(|found| (found.rule, found.version)).collect();
+            assert_eq!(found, [(Rule::CutIsVouched, Some(at.version))], "{what}");
+            let (_, report) = fresh(&backend).1.recover("g", "s").await.unwrap();
+            let passed: Vec<u64> = report.passed_over.iter().map(|passed| passed.version).collect();
+            assert_eq!((passed, report.repaired), (vec![at.version], true), "{what}");
+            assert_eq!(read(&backend, at).await.body, sound.body, "{what}");
+            assert!(fresh(&backend).0.verify(|_| {}).await.unwrap().ok, "{what}");
+        }
+        // Nor is one left behind when the head is made anew.
+        let text =
+            read(&backend, &cut).await.body.as_text().replace("_version\":23", "_version\":1");
+        assert!(put(&backend, &cut, &text).await);
+        remove(&backend, &head.key).await;
+        fresh(&backend).1.recover("g", "s").await.unwrap();
+        assert_eq!(read(&backend, &head.key).await.body, head.body, "{name}");
+        assert!(fresh(&backend).0.verify(|_| {}).await.unwrap().ok, "{name}");
     }
 }
 

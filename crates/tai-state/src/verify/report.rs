@@ -89,7 +89,8 @@ pub enum Rule {
     SnapshotExists,
     /// A saved snapshot is what the log says.
     SnapshotIsOfLog,
-    /// Where history does not begin with version 1, a saved snapshot or a purge says so.
+    /// Where history does not begin with version 1, a saved snapshot there or a purge says so, and no saved
+    /// snapshot says otherwise.
     CutIsVouched,
     /// No document stands beside a log.
     NoStrays,
