@@ -91,6 +91,8 @@ struct Fold<'a> {
     batch: usize,
     bytes: u64,
     passed_over: Vec<PassedOver>,
+    /// Saved snapshots that are of the log, and do not say what the head says of since when history is kept.
+    disputed: Vec<(Change, u64)>,
 }
 
 /// A log that was folded up to its end.
@@ -112,31 +114,60 @@ impl Records {
         let watch = Stopwatch::start();
         let deadline = self.deadline();
         let (mut looks, mut refused) = (0, 0);
+        let goes_on = || match deadline.is_over() {
+            true => {
+                let operation = format!("recovering {address}");
+                Err(Error::Timeout { operation, after: deadline.limit() })
+            }
+            false => Ok(()),
+        };
         loop {
             let (found, bytes) = self.find_head(address, deadline).await?;
             if let Found::Sound(head, revision) = &found {
                 let known = KnownHead { head: Arc::clone(head), revision: *revision };
                 self.remember(address, Some(&known));
             }
-            let passed_over = Vec::new();
-            let mut fold = Fold { records: self, address, batch: batch.max(1), bytes, passed_over };
-            let (folded, repair) = match fold.run(&found).await {
-                Ok(folded) => folded,
+            let (passed_over, disputed) = (Vec::new(), Vec::new());
+            let batch = batch.max(1);
+            let mut fold = Fold { records: self, address, batch, bytes, passed_over, disputed };
+            let mut condition = found.condition();
+            let by_the_head = match fold.run(&found).await {
+                Ok(folded) => Ok(folded),
                 // A clean-up, or a purge, may have come in between.
-                Err(Error::Corrupt { .. })
-                    if found.is_overtaken_by(&self.find_head(address, deadline).await?.0) =>
-                {
-                    if deadline.is_over() {
-                        let operation = format!("recovering {address}");
-                        return Err(Error::Timeout { operation, after: deadline.limit() });
+                Err(error @ Error::Corrupt { .. }) => {
+                    if found.is_overtaken_by(&self.find_head(address, deadline).await?.0) {
+                        goes_on()?;
+                        continue;
                     }
-                    continue;
+                    Err(error)
                 }
                 Err(error) => return Err(error),
             };
-            let mut condition = found.condition();
-            let (mut folded, mut repair) = (folded, repair);
+            let mut from_before = None;
+            if let Found::Sound(head, _) = &found
+                && (thorough || by_the_head.is_err())
+                && fold.is_cut_since(head).await?
+            {
+                // As a rule somebody has cleaned up in between.
+                let newest = self.find_head(address, deadline).await?.0;
+                let is_overtaken = found.is_overtaken_by(&newest);
+                looks += u32::from(!is_overtaken);
+                if is_overtaken || looks < LOOKS {
+                    goes_on()?;
+                    tokio::time::sleep(self.options.retry.backoff(looks)).await;
+                    continue;
+                }
+                from_before = fold.without_older_head(&found).await?;
+            }
+            let (mut folded, mut repair) = match from_before {
+                Some(made) => made,
+                None => by_the_head?,
+            };
+            if let (Found::Sound(head, _), Some(_)) = (&found, &repair) {
+                condition = HeadCondition::Behind(head.version());
+            }
             if let Found::Sound(head, revision) = &found
+                && condition == HeadCondition::Sound
                 && folded.replay.next_version() > head.version() + 1
             {
                 // The log goes on after the head. As a rule somebody has written in between.
@@ -162,7 +193,7 @@ impl Records {
             {
                 fold.look_at_saved(head, folded.base).await?;
             }
-            if thorough && !fold.passed_over.is_empty() {
+            if thorough && !(fold.passed_over.is_empty() && fold.disputed.is_empty()) {
                 let head = match (&repair, &found) {
                     (Some(repair), _) => Some(repair.head.clone()),
                     (None, Found::Sound(head, _)) => Some(Head::clone(head)),
@@ -189,6 +220,10 @@ impl Records {
                     tokio::time::sleep(self.options.retry.backoff(refused)).await;
                     continue;
                 }
+                if !repaired {
+                    let newest = self.find_head(address, self.deadline()).await?.0;
+                    fold.forget_what_was_cleaned_up(&newest).await?;
+                }
             }
             if repaired {
                 tracing::warn!(%address, version = change.version, head = ?condition, "repaired from the log");
@@ -202,6 +237,7 @@ impl Records {
                 head: condition,
                 repaired,
                 passed_over: fold.passed_over,
+                disputed: fold.disputed.iter().map(|(change, _)| change.version).collect(),
                 events_replayed: folded.replay.folded(),
                 bytes_read: fold.bytes,
                 elapsed: watch.elapsed(),
@@ -244,7 +280,7 @@ impl Fold<'_> {
         for version in head.snapshot_versions.iter().rev() {
             let (base, tail) = tokio::join!(self.snapshot(*version), self.page(version + 1));
             let (base, tail) = match (base, tail) {
-                (Ok((Some((base, _)), bytes)), tail) => {
+                (Ok((Some(base), bytes)), tail) => {
                     self.bytes += bytes;
                     (base, tail?)
                 }
@@ -258,6 +294,7 @@ impl Fold<'_> {
                 }
                 (Err(error), _) => return Err(error),
             };
+            let (base, since) = base;
             let follows = tail.documents.first().is_none_or(|first| {
                 // A damaged event is no fault of the base.
                 schema::read_change(self.address, first)
@@ -268,6 +305,9 @@ impl Fold<'_> {
                 self.pass_over(*version, "it is not what the log says");
                 continue;
             }
+            if head.is_disputed_by(*version, since) {
+                self.disputed.push((base.clone(), since));
+            }
             let start = (RecoveryBase::SavedSnapshot(*version), Replay::from_base(base));
             return Ok((self.finish(start, tail, head).await?, None));
         }
@@ -277,18 +317,44 @@ impl Fold<'_> {
         Ok((self.finish(start, tail, head).await?, None))
     }
 
-    /// Looks at the saved snapshots before the one that was used, which nothing was asked of, and whether any of
-    /// them disputes where history begins.
+    /// Leaves of what was found wrong only what is so by the newest head.
+    async fn forget_what_was_cleaned_up(&mut self, newest: &Found) -> Result<()> {
+        let Found::Sound(newest, _) = newest else { return Ok(()) };
+        self.disputed.clear();
+        for passed in std::mem::take(&mut self.passed_over) {
+            // One that was removed may have been saved again since: a cut does so.
+            if newest.snapshot_versions.contains(&passed.version)
+                && !matches!(self.snapshot(passed.version).await, Ok((Some(_), _)))
+            {
+                self.passed_over.push(passed);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the log says, for a head from before a clean-up, if a saved snapshot or a purge says since when history
+    /// is kept. If none does, something is lost, and the head is all that there is.
+    async fn without_older_head(
+        &mut self,
+        found: &Found,
+    ) -> Result<Option<(Folded, Option<Repair>)>> {
+        let by_the_head = (self.passed_over.clone(), self.disputed.clone());
+        match self.without_head(found).await {
+            Ok(made) => Ok(Some(made)),
+            Err(Error::Corrupt { .. }) => {
+                (self.passed_over, self.disputed) = by_the_head;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Looks at the saved snapshots before the one that was used, which nothing was asked of.
     async fn look_at_saved(&mut self, head: &Head, base: RecoveryBase) -> Result<()> {
         let RecoveryBase::SavedSnapshot(base) = base else { return Ok(()) };
-        for version in head.snapshot_versions.iter().rev().filter(|version| **version <= base) {
+        for version in head.snapshot_versions.iter().rev().filter(|version| **version < base) {
             let saved = match self.snapshot(*version).await {
-                Ok((Some((_, kept_since)), _)) if head.is_disputed_by(*version, kept_since) => {
-                    let reason = format!("it says that history is kept since v{kept_since}");
-                    self.pass_over(*version, &reason);
-                    continue;
-                }
-                Ok((Some((saved, _)), bytes)) => {
+                Ok((Some(saved), bytes)) => {
                     self.bytes += bytes;
                     saved
                 }
@@ -303,7 +369,11 @@ impl Fold<'_> {
                 Err(error) => return Err(error),
             };
             match self.records.reader().changes_at(self.address, &[*version]).await {
-                Ok(found) if found.iter().flatten().all(|event| event.hash == saved.hash) => {}
+                Ok(found) if found.iter().flatten().all(|event| event.hash == saved.0.hash) => {
+                    if head.is_disputed_by(*version, saved.1) {
+                        self.disputed.push(saved);
+                    }
+                }
                 Ok(_) => self.pass_over(*version, "it is not what the log says"),
                 // What is wrong with the log, `verify` tells.
                 Err(Error::Corrupt { .. }) => {}
@@ -384,8 +454,14 @@ impl Fold<'_> {
         }
     }
 
-    /// Makes anew from the log what was passed over, and forgets what has no event any more.
+    /// Makes anew from the log what was passed over, and forgets what has no event any more; what only disputes
+    /// since when history is kept, is made anew from itself.
     async fn save_again(&self, repair: &mut Repair) -> Result<()> {
+        for (change, _) in &self.disputed {
+            if repair.save.iter().all(|saved| saved.version != change.version) {
+                repair.save.push(change.clone());
+            }
+        }
         for passed in &self.passed_over {
             let is_saved = repair.save.iter().any(|change| change.version == passed.version);
             if is_saved || !repair.head.snapshot_versions.contains(&passed.version) {

@@ -100,6 +100,7 @@ struct SnapshotOut<'a> {
     deleted: bool,
     /// Since which version history was kept when it was saved.
     first_version: u64,
+    notes_hash: Hash,
 }
 
 /// What all three have in common, read.
@@ -203,6 +204,11 @@ fn notes_hash(head: &Head) -> Hash {
     Hash::of(&serde_json::json!([change.hash, snapshot_versions, first_version, oldest_version]))
 }
 
+/// The same for a saved snapshot.
+fn saved_notes_hash(change: &Change, first_version: u64) -> Hash {
+    Hash::of(&serde_json::json!([change.hash, first_version]))
+}
+
 pub(crate) fn head_body(head: &Head) -> Result<Body> {
     let change = &head.change;
     body(
@@ -267,6 +273,7 @@ pub(crate) fn snapshot_body(change: &Change, first_version: u64) -> Result<Body>
             hash: change.hash,
             deleted: change.deleted,
             first_version,
+            notes_hash: saved_notes_hash(change, first_version),
         },
     )
 }
@@ -318,7 +325,8 @@ pub(crate) fn read_head(address: &Address, document: &Document) -> Result<Head> 
     let is_ordered = 1 <= oldest_version
         && oldest_version <= first_version
         && first_version <= head.version()
-        && head.snapshot_versions.iter().all(|version| (1..=head.version()).contains(version));
+        && head.snapshot_versions.is_sorted_by(|one, next| one < next)
+        && head.snapshot_versions.iter().all(|v| (first_version..=head.version()).contains(v));
     if said != Some(notes_hash(&head)) || !is_ordered {
         return Err(Error::corrupt(
             document.key.to_string(),
@@ -330,24 +338,25 @@ pub(crate) fn read_head(address: &Address, document: &Document) -> Result<Head> 
 
 /// Reads an event or a saved snapshot, and checks its version and hash.
 pub(crate) fn read_change(address: &Address, document: &Document) -> Result<Change> {
-    read_noted(address, document).map(|(change, _)| change)
+    read_noted(address, document).map(|(change, ..)| change)
 }
 
 /// Reads a saved snapshot, and since which version history was kept when it was saved.
 pub(crate) fn read_saved(address: &Address, document: &Document) -> Result<(Change, u64)> {
-    let (change, first_version) = read_noted(address, document)?;
-    if !(1..=change.version).contains(&first_version) {
+    let (change, first_version, said) = read_noted(address, document)?;
+    let is_in_it = (1..=change.version).contains(&first_version);
+    if !is_in_it || said != Some(saved_notes_hash(&change, first_version)) {
         return Err(Error::corrupt(
             document.key.to_string(),
-            format!("it says that history was kept since version {first_version}"),
+            "what it says about since when history was kept is not what was written",
         ));
     }
     Ok((change, first_version))
 }
 
-fn read_noted(address: &Address, document: &Document) -> Result<(Change, u64)> {
+fn read_noted(address: &Address, document: &Document) -> Result<(Change, u64, Option<Hash>)> {
     let read = read(document)?;
-    let first_version = read.first_version;
+    let (first_version, said) = (read.first_version, read.notes_hash);
     let change = change(address, document, read)?;
     if change.version != document.key.version {
         return Err(Error::corrupt(
@@ -355,7 +364,7 @@ fn read_noted(address: &Address, document: &Document) -> Result<(Change, u64)> {
             format!("it says that it is version {}", change.version),
         ));
     }
-    Ok((change, first_version))
+    Ok((change, first_version, said))
 }
 
 fn read(document: &Document) -> Result<ChangeIn> {
@@ -486,11 +495,14 @@ mod tests {
             let document = Document { key, body, revision: Revision::new(1) };
             read_head(&head.change.address, &document).map(|read| assert_eq!(read, head))
         };
-        for (oldest, first, snapshots) in [(1, 1, &[][..]), (1, 5, &[1, 5]), (5, 5, &[5])] {
+        let allowed = [(1, 1, &[][..]), (1, 1, &[1, 5]), (1, 3, &[3, 5]), (5, 5, &[5])];
+        for (oldest, first, snapshots) in allowed {
             read(oldest, first, snapshots).unwrap();
         }
-        for (oldest, first, snapshots) in
-            [(0, 1, &[][..]), (3, 2, &[]), (1, 6, &[]), (6, 6, &[]), (1, 1, &[6]), (1, 1, &[0])]
+        let oldest = [(0, 1, &[][..]), (3, 2, &[]), (1, 6, &[]), (6, 6, &[])];
+        let snapshots = [&[6][..], &[0], &[3, 2], &[2, 2]].map(|snapshots| (1, 1, snapshots));
+        let before_the_cut = [(1, 5, &[1, 5][..])];
+        for (oldest, first, snapshots) in oldest.into_iter().chain(snapshots).chain(before_the_cut)
         {
             let refused = read(oldest, first, snapshots).unwrap_err();
             assert_eq!(refused.code(), "corrupt", "{oldest} {first} {snapshots:?}");

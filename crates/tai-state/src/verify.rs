@@ -24,8 +24,11 @@ pub use report::{ConsistencyReport, Problem, Rule, VerifyReport};
 const PAGE: usize = 1_000;
 /// Problems that are named; more are only counted by the last of them.
 const MOST_PROBLEMS: usize = 1_000;
-/// How often a state is looked at anew when a clean-up came in between.
+/// How often it is waited for what others have committed to be seen.
 const LOOKS: u32 = 5;
+/// How often a state is looked at anew when a clean-up came in between: clean-ups without a pause overtake every
+/// fifth look or so.
+const MOST_LOOKS: u32 = 50;
 /// How often in a row the counts must differ in the same way.
 const LOOKS_AT_COUNTS: u32 = 3;
 
@@ -326,7 +329,7 @@ impl StateStore {
             let proved = self.verify_state(address, &found, proof).await;
             let is_clean = proved.is_ok() && proof.problems.len() == before.problems.len();
             looks += 1;
-            if is_clean || looks >= LOOKS {
+            if is_clean || looks >= MOST_LOOKS {
                 return proved;
             }
             match self.find(address).await? {
@@ -420,9 +423,10 @@ impl StateStore {
             match self.records.reader().saved(address, *version).await {
                 Ok(Some((snapshot, kept_since))) => {
                     proof.snapshots += 1;
-                    if head.is_disputed_by(*version, kept_since) {
-                        // A clean-up may be seen here before it is seen in the head; then all is looked at anew.
-                        self.becomes(address, |newest| notes(newest) != notes(head)).await?;
+                    // A clean-up may be seen here before it is seen in the head.
+                    if head.is_disputed_by(*version, kept_since)
+                        && !self.becomes(address, |newest| notes(newest) != notes(head)).await?
+                    {
                         let first = head.first_version;
                         let reason = format!(
                             "it says that history is kept since v{kept_since}, the head says v{first}"

@@ -6,6 +6,8 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use common::{Random, counter, proved, why};
@@ -175,10 +177,28 @@ async fn a_while(path: &Path, random: &mut Random) {
         max_replay_batch_size: 1 + random.below(4) as usize,
         ..PersistenceConfig::default()
     };
-    let persister = StateMachinePersister::new(&store, config);
+    let persister = StateMachinePersister::new(&store, config.clone());
     for _ in 0..random.below(30) {
         let state = ["s", "t"][random.below(2) as usize];
         one_thing(&store, &persister, state, random).await;
+    }
+    // Heads as they are now, to be put back when the log has gone on.
+    drop((store, persister));
+    let old = heads(path);
+    let store = StateStore::open(path).await.unwrap();
+    let persister = StateMachinePersister::new(&store, config);
+    let is_old = random.below(3) == 0;
+    if is_old {
+        for _ in 0..random.below(15) {
+            let state = ["s", "t"][random.below(2) as usize];
+            one_thing(&store, &persister, state, random).await;
+        }
+        for state in ["s", "t"] {
+            persister.append(transition(state, 5)).await.unwrap();
+            if random.below(2) == 0 {
+                clean_up(&store, 1 + random.below(3), None).await;
+            }
+        }
     }
     let before = [said(&store, "s").await, said(&store, "t").await];
     proved(&store).await;
@@ -195,8 +215,16 @@ async fn a_while(path: &Path, random: &mut Random) {
     ];
     let file = rusqlite::Connection::open(path).unwrap();
     file.busy_timeout(Duration::from_secs(10)).unwrap();
-    let [heads, snapshots] =
+    let [mut heads, mut snapshots] =
         [0, 1].map(|which| damages.get(random.below(5) as usize).map(|damage| damage[which]));
+    if is_old {
+        // Then what says where history begins must be readable.
+        (heads, snapshots) = (None, None);
+        for (id, revision, body, crc) in &old {
+            let put = "UPDATE state SET revision = ?2, body = ?3, crc = ?4 WHERE id = ?1";
+            assert_eq!(file.execute(put, (id, revision, body, crc)).unwrap(), 1);
+        }
+    }
     for damage in [heads, snapshots].into_iter().flatten() {
         file.execute(damage, ()).unwrap();
     }
@@ -208,9 +236,18 @@ async fn a_while(path: &Path, random: &mut Random) {
         let Some(before) = before else { continue };
         persister.recover("g", state).await.unwrap();
         let after = said(&store, state).await.unwrap();
-        assert_eq!(after, before, "{heads:?}, {snapshots:?}");
+        assert_eq!(after, before, "{heads:?}, {snapshots:?}, {is_old}");
     }
     proved(&store).await;
+}
+
+/// The rows of all heads.
+fn heads(path: &Path) -> Vec<(i64, i64, String, i64)> {
+    let file = rusqlite::Connection::open(path).unwrap();
+    file.busy_timeout(Duration::from_secs(10)).unwrap();
+    let mut rows = file.prepare("SELECT id, revision, body, crc FROM state").unwrap();
+    let read = |row: &rusqlite::Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?));
+    rows.query_map((), read).unwrap().map(Result::unwrap).collect()
 }
 
 async fn one_thing(
@@ -263,5 +300,45 @@ async fn one_thing(
             }
         }
         _ => drop(persister.append(transition(state, random.below(1_000))).await.unwrap()),
+    }
+}
+
+/// Nobody is told of damage where others only write and clean up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn beside_clean_ups_nothing_is_found_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.tai");
+    for store in [StateStore::in_memory(), StateStore::open(&path).await.unwrap()] {
+        let config = PersistenceConfig {
+            snapshot_interval: 1,
+            snapshot_retention: 3,
+            ..PersistenceConfig::default()
+        };
+        let persister = StateMachinePersister::new(&store, config);
+        let is_over = Arc::new(AtomicBool::new(false));
+        let until = || Arc::clone(&is_over);
+        persister.append(transition("s", 0)).await.unwrap();
+        let (writer, is_written) = (persister.clone(), until());
+        let writing = tokio::spawn(async move {
+            while !is_written.load(Relaxed) {
+                writer.append(transition("s", 1)).await.unwrap();
+            }
+        });
+        let (cleaned, is_clean) = (store.clone(), until());
+        let cleaning = tokio::spawn(async move {
+            while !is_clean.load(Relaxed) {
+                clean_up(&cleaned, 2, None).await;
+            }
+        });
+        for _ in 0..60 {
+            proved(&store).await;
+            let (_, report) = persister.recover("g", "s").await.unwrap();
+            let is_whole = report.passed_over.is_empty() && report.disputed.is_empty();
+            assert!(is_whole && !report.repaired, "{report:?}");
+        }
+        is_over.store(true, Relaxed);
+        writing.await.unwrap();
+        cleaning.await.unwrap();
+        assert!(store.record("g", "s").await.unwrap().unwrap().first_version > 30);
     }
 }

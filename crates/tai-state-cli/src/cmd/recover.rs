@@ -31,6 +31,11 @@ pub(crate) async fn run(global: &Global, args: &Recover) -> Outcome {
             passed.version, passed.reason
         ));
     }
+    for version in &report.disputed {
+        text.push_str(&format!(
+            "\nthe saved snapshot v{version} said something else about since when history is kept"
+        ));
+    }
     text.push_str(if report.repaired { "\nrepaired" } else { "\nnothing to repair" });
     output::object(global.output, &object, &text)
 }

@@ -24,6 +24,8 @@ pub struct RecoveryReport {
     pub repaired: bool,
     /// Saved snapshots that could not be used, the newest first.
     pub passed_over: Vec<PassedOver>,
+    /// Saved snapshots that were of the log, but said otherwise than the head since when history is kept.
+    pub disputed: Vec<u64>,
     /// Events that were folded on the base.
     pub events_replayed: u64,
     /// Bytes of the documents that were read.
@@ -51,7 +53,7 @@ pub enum RecoveryBase {
 pub enum HeadCondition {
     /// It is what the log says.
     Sound,
-    /// It is an older version than the log's newest: this one.
+    /// It is of this version, and older than its log: that goes on after it, or was cleaned up since.
     Behind(u64),
     /// It cannot be used, for this reason.
     Damaged(String),

@@ -86,6 +86,19 @@ fn what_stands_beside_the_hash_is_checked_too() {
     let saved = snapshot_body(second, 2).unwrap();
     let saved = document(address.snapshot(2), &saved, |_| {});
     assert_eq!(read_change(address, &saved).unwrap(), *second);
+    assert_eq!(read_saved(address, &saved).unwrap(), (second.clone(), 2));
+
+    // What it says of the cut, it must have said when it was saved.
+    let body = snapshot_body(second, 2).unwrap();
+    for (field, other) in [("first_version", json!(1)), ("notes_hash", json!(null))] {
+        let changed = document(address.snapshot(2), &body, |body| body[field] = other);
+        assert_eq!(read_saved(address, &changed).unwrap_err().code(), "corrupt", "{field}");
+    }
+    for first in [0, 3] {
+        let body = snapshot_body(second, first).unwrap();
+        let saved = document(address.snapshot(2), &body, |_| {});
+        assert_eq!(read_saved(address, &saved).unwrap_err().code(), "corrupt", "{first}");
+    }
 
     let mut none = second.clone();
     none.version = 0;
