@@ -3,6 +3,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::indexing_slicing)]
 
 pub(crate) mod copies;
+pub(crate) mod stored;
 
 use serde_json::{Value, json};
 use tai_state::{ChangeMetadata, FirestoreStore, StateId, StateSnapshot, StateStore, StoreOptions};
