@@ -23,6 +23,8 @@ const LOG_BEGINS: usize = LOG_HEADER + 24;
 /// A log is a header and frames: a page with a header of its own.
 const LOG_HEADER: usize = 32;
 const FRAME: usize = 24 + PAGE;
+/// A log to be damaged holds so much.
+const LEAST_LOG: usize = LOG_HEADER + 300 * FRAME;
 
 pub(crate) async fn run(run: &Run) -> Tally {
     let mut tally = Tally::default();
@@ -177,6 +179,13 @@ fn believed(path: &Path, truth: &Truth) -> bool {
     found != right
 }
 
+/// How much of a log is in force: when it is begun anew, it gets other salts, and what it has held stays behind.
+fn in_force(log: &[u8]) -> usize {
+    let salts = &log[16..24];
+    let frames = log[LOG_HEADER..].chunks_exact(FRAME);
+    LOG_HEADER + frames.take_while(|frame| &frame[8..16] == salts).count() * FRAME
+}
+
 /// The log that a kill leaves behind: damage in it may cost the very last commit, which cannot be told
 /// from one that was cut short, and the one before it if that one's mark of being a commit is hit;
 /// nothing else in silence. A log that is cut short is cut within the last commits: what is left of one that
@@ -184,40 +193,48 @@ fn believed(path: &Path, truth: &Truth) -> bool {
 async fn log(run: &Run, rounds: u64, tally: &mut Tally) {
     let folder = tempfile::tempdir().unwrap();
     let live = folder.path().join("live.tai");
-    let (store, truth, before) = build(&live).await;
+    let (store, truth, _) = build(&live).await;
     let beside = folder.path().join("live.tai-wal");
-    let log_before = std::fs::read(&beside).unwrap();
-    // Two commits that may be lost, in a governor of their own.
-    let mut hashes = vec![before];
-    for n in 0..2 {
-        save(&store, "z", "last", json!(n)).await;
-        hashes.push(store.verify(|_| {}).await.unwrap().content_hash.to_string());
-    }
-    let file = std::fs::read(&live).unwrap();
-    let log = std::fs::read(beside).unwrap();
-    // It may have begun anew, so that what was there is written over; the file does not get shorter.
-    let is_new = log.iter().zip(&log_before).position(|(now, before)| now != before);
-    let kept = is_new.unwrap_or(log_before.len());
-    assert!(kept < log.len());
+    let mut more = 0;
+    let (file, log, hashes, kept) = loop {
+        // A log that has just begun anew holds little; damage to what stands behind that, of before, is none.
+        while in_force(&std::fs::read(&beside).unwrap()) < LEAST_LOG {
+            save(&store, "z", &format!("more-{more}"), json!("x".repeat(20_000))).await;
+            more += 1;
+        }
+        let mut hashes = vec![store.verify(|_| {}).await.unwrap().content_hash.to_string()];
+        let kept = in_force(&std::fs::read(&beside).unwrap());
+        // Two commits that may be lost, in a governor of their own.
+        for n in 0..2 {
+            save(&store, "z", "last", json!(n)).await;
+            hashes.push(store.verify(|_| {}).await.unwrap().content_hash.to_string());
+        }
+        let (file, log) = (std::fs::read(&live).unwrap(), std::fs::read(&beside).unwrap());
+        // It may have begun anew meanwhile.
+        if in_force(&log) > kept {
+            break (file, log, hashes, kept);
+        }
+    };
+    let end = in_force(&log);
     for (n, mut random) in run.rounds(rounds) {
         let mut damaged = log.clone();
         // One in four near the end, where the last commits are; one in eight where it says which log it is.
         let (from, to) = match random.below(8) {
-            0 | 1 => (log.len() - 60_000, log.len()),
+            0 | 1 => (end - 60_000, end),
             2 => (0, LOG_BEGINS),
-            _ => (0, log.len()),
+            _ => (0, end),
         };
         let at = from + random.below((to - from) as u64) as usize;
         tally.count("damages to the beginning of the log", u64::from(at < LOG_BEGINS));
         let what = match random.below(9) {
             0..=2 => {
-                let most = if at < LOG_BEGINS { log.len() as u64 / 2 } else { 600 };
-                let end = (at + 1 + random.below(most) as usize).min(log.len());
-                damaged[at..end].fill(0);
-                format!("log, round {n}: {at}..{end} zeroed")
+                let most = if at < LOG_BEGINS { end as u64 / 2 } else { 600 };
+                let to = (at + 1 + random.below(most) as usize).min(log.len());
+                damaged[at..to].fill(0);
+                format!("log, round {n}: {at}..{to} zeroed")
             }
             3 => {
-                let frames = ((log.len() - LOG_HEADER) / FRAME) as u64;
+                let frames = ((end - LOG_HEADER) / FRAME) as u64;
                 let mut frame = || LOG_HEADER + random.below(frames) as usize * FRAME;
                 let (a, b) = (frame(), frame());
                 damaged.copy_within(b..b + FRAME, a);
@@ -226,7 +243,7 @@ async fn log(run: &Run, rounds: u64, tally: &mut Tally) {
                 format!("log, round {n}: frames at {a} and {b} swapped")
             }
             4 => {
-                let to = kept + random.below((log.len() - kept) as u64) as usize;
+                let to = kept + random.below((end - kept) as u64) as usize;
                 damaged.truncate(to);
                 tally.count("logs cut short", 1);
                 format!("log, round {n}: truncated to {to}")
