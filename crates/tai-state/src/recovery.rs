@@ -12,6 +12,7 @@
 //!   version, is [`Error::Corrupt`]: then nothing says what the state is.
 
 mod report;
+mod saved;
 mod without_head;
 
 use std::sync::Arc;
@@ -93,6 +94,8 @@ struct Fold<'a> {
     passed_over: Vec<PassedOver>,
     /// Saved snapshots that are of the log, and do not say what the head says of since when history is kept.
     disputed: Vec<(Change, u64)>,
+    /// Saved snapshots that the head does not name.
+    unnamed: Vec<u64>,
 }
 
 /// A log that was folded up to its end.
@@ -127,9 +130,7 @@ impl Records {
                 let known = KnownHead { head: Arc::clone(head), revision: *revision };
                 self.remember(address, Some(&known));
             }
-            let (passed_over, disputed) = (Vec::new(), Vec::new());
-            let batch = batch.max(1);
-            let mut fold = Fold { records: self, address, batch, bytes, passed_over, disputed };
+            let mut fold = Fold::new(self, address, batch, bytes);
             let mut condition = found.condition();
             let by_the_head = match fold.run(&found).await {
                 Ok(folded) => Ok(folded),
@@ -143,7 +144,7 @@ impl Records {
                 }
                 Err(error) => return Err(error),
             };
-            let mut from_before = None;
+            let (mut from_before, mut is_doubtful) = (None, false);
             if let Found::Sound(head, _) = &found
                 && (thorough || by_the_head.is_err())
                 && fold.is_cut_since(head).await?
@@ -158,6 +159,7 @@ impl Records {
                     continue;
                 }
                 from_before = fold.without_older_head(&found).await?;
+                is_doubtful = from_before.is_none();
             }
             let (mut folded, mut repair) = match from_before {
                 Some(made) => made,
@@ -192,8 +194,13 @@ impl Records {
                 && repair.is_none()
             {
                 fold.look_at_saved(head, folded.base).await?;
+                fold.look_for_unnamed(head).await?;
+                if is_doubtful {
+                    // They may know better than the head.
+                    fold.disputed.retain(|(_, since)| *since <= head.first_version);
+                }
             }
-            if thorough && !(fold.passed_over.is_empty() && fold.disputed.is_empty()) {
+            if thorough && fold.found_something() {
                 let head = match (&repair, &found) {
                     (Some(repair), _) => Some(repair.head.clone()),
                     (None, Found::Sound(head, _)) => Some(Head::clone(head)),
@@ -202,7 +209,11 @@ impl Records {
                 if let Some(head) = head {
                     let mut whole = repair.unwrap_or_else(|| Repair::of(found.revision(), head));
                     fold.save_again(&mut whole).await?;
-                    repair = Some(whole);
+                    fold.name_or_drop(&mut whole).await?;
+                    let is_idle = whole.save.is_empty()
+                        && whole.drop_snapshots.is_empty()
+                        && matches!(&found, Found::Sound(head, _) if **head == whole.head);
+                    repair = (!is_idle).then_some(whole);
                 }
             }
             let mut repaired = false;
@@ -271,7 +282,12 @@ impl Folded {
     }
 }
 
-impl Fold<'_> {
+impl<'a> Fold<'a> {
+    fn new(records: &'a Records, address: &'a Address, batch: usize, bytes: u64) -> Self {
+        let (passed_over, disputed, unnamed) = (Vec::new(), Vec::new(), Vec::new());
+        Self { records, address, batch: batch.max(1), bytes, passed_over, disputed, unnamed }
+    }
+
     /// Folds the log up to its end; says what is to be put right when there is no head to believe.
     async fn run(&mut self, found: &Found) -> Result<(Folded, Option<Repair>)> {
         let Found::Sound(head, _) = found else {
@@ -317,21 +333,6 @@ impl Fold<'_> {
         Ok((self.finish(start, tail, head).await?, None))
     }
 
-    /// Leaves of what was found wrong only what is so by the newest head.
-    async fn forget_what_was_cleaned_up(&mut self, newest: &Found) -> Result<()> {
-        let Found::Sound(newest, _) = newest else { return Ok(()) };
-        self.disputed.clear();
-        for passed in std::mem::take(&mut self.passed_over) {
-            // One that was removed may have been saved again since: a cut does so.
-            if newest.snapshot_versions.contains(&passed.version)
-                && !matches!(self.snapshot(passed.version).await, Ok((Some(_), _)))
-            {
-                self.passed_over.push(passed);
-            }
-        }
-        Ok(())
-    }
-
     /// What the log says, for a head from before a clean-up, if a saved snapshot or a purge says since when history
     /// is kept. If none does, something is lost, and the head is all that there is.
     async fn without_older_head(
@@ -347,40 +348,6 @@ impl Fold<'_> {
             }
             Err(error) => Err(error),
         }
-    }
-
-    /// Looks at the saved snapshots before the one that was used, which nothing was asked of.
-    async fn look_at_saved(&mut self, head: &Head, base: RecoveryBase) -> Result<()> {
-        let RecoveryBase::SavedSnapshot(base) = base else { return Ok(()) };
-        for version in head.snapshot_versions.iter().rev().filter(|version| **version < base) {
-            let saved = match self.snapshot(*version).await {
-                Ok((Some(saved), bytes)) => {
-                    self.bytes += bytes;
-                    saved
-                }
-                Ok((None, _)) => {
-                    self.pass_over(*version, "it is missing");
-                    continue;
-                }
-                Err(Error::Corrupt { reason, .. }) => {
-                    self.pass_over(*version, &reason);
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            match self.records.reader().changes_at(self.address, &[*version]).await {
-                Ok(found) if found.iter().flatten().all(|event| event.hash == saved.0.hash) => {
-                    if head.is_disputed_by(*version, saved.1) {
-                        self.disputed.push(saved);
-                    }
-                }
-                Ok(_) => self.pass_over(*version, "it is not what the log says"),
-                // What is wrong with the log, `verify` tells.
-                Err(Error::Corrupt { .. }) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 
     /// Folds page after page on what it starts from, up to the head.
@@ -452,36 +419,6 @@ impl Fold<'_> {
             Some(from) => Ok(Some(self.page(from).await?)),
             None => Ok(None),
         }
-    }
-
-    /// Makes anew from the log what was passed over, and forgets what has no event any more; what only disputes
-    /// since when history is kept, is made anew from itself.
-    async fn save_again(&self, repair: &mut Repair) -> Result<()> {
-        for (change, _) in &self.disputed {
-            if repair.save.iter().all(|saved| saved.version != change.version) {
-                repair.save.push(change.clone());
-            }
-        }
-        for passed in &self.passed_over {
-            let is_saved = repair.save.iter().any(|change| change.version == passed.version);
-            if is_saved || !repair.head.snapshot_versions.contains(&passed.version) {
-                continue;
-            }
-            let reader = self.records.reader();
-            match reader.changes_at(self.address, &[passed.version]).await {
-                Ok(mut found) => match found.pop().flatten() {
-                    Some(change) => repair.save.push(change),
-                    None => {
-                        repair.head.snapshot_versions.retain(|version| *version != passed.version);
-                        repair.drop_snapshots.push(passed.version);
-                    }
-                },
-                // Damage in the log is told by `verify`; the state is established without it.
-                Err(Error::Corrupt { .. }) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 }
 

@@ -38,12 +38,14 @@ impl Fold<'_> {
         };
         let unreadable: Vec<u64> = self.passed_over.iter().map(|passed| passed.version).collect();
         let (mut purged, mut sound) = (None, BTreeMap::new());
+        let mut is_of_the_log = false;
         let mut replay = Replay::from_first(oldest);
         let mut next = Some(tail);
         while let Some(tail) = next {
             for document in &tail.documents {
                 let change = schema::read_change(self.address, document)?;
                 let version = change.version;
+                is_of_the_log |= matches!(found, Found::Sound(old, _) if old.change == change);
                 if is_purge(&change) {
                     (purged, sound) = (Some(version), BTreeMap::new());
                 }
@@ -59,6 +61,21 @@ impl Fold<'_> {
             next = self.after(&tail).await?;
         }
         let change = replay.last().cloned().ok_or_else(|| lost("there are no events"))?;
+        // An old head was the newest once. If the log reaches back to it and does not hold it, the log has lost
+        // something, and the head may be all that is left of it.
+        if let Found::Sound(old, _) = found
+            && old.version() >= oldest
+            && !is_of_the_log
+        {
+            return Err(lost(&format!("its own event, v{}, is not in it", old.version())));
+        }
+        let last_saved = saved.keys().chain(&unreadable).max().copied();
+        if let Some(later) = last_saved.filter(|version| *version > change.version) {
+            return Err(lost(&format!(
+                "its log ends at v{}, and there is a saved snapshot of v{later}: what came after is lost",
+                change.version
+            )));
+        }
         let known = match found {
             Found::Sound(old, _) if !self.is_cut_since(old).await? => Some(old.first_version),
             _ => None,
@@ -130,7 +147,7 @@ impl Fold<'_> {
     }
 
     /// All saved snapshots that can be read: their versions, their hashes, and since when history was kept.
-    async fn all_saved(&mut self) -> Result<BTreeMap<u64, (Hash, u64)>> {
+    pub(super) async fn all_saved(&mut self) -> Result<BTreeMap<u64, (Hash, u64)>> {
         let (mut saved, mut from) = (BTreeMap::new(), 0);
         loop {
             let reader = self.records.reader();
