@@ -35,7 +35,7 @@ pub(crate) struct Args {
     pub(crate) command: Command,
 }
 
-/// How much is done: with every change, before a release, or for a night.
+/// How much is done: with every change, or before a release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub(crate) enum Tier {
     /// With every change; all subcommands together stay under twelve minutes on two cores.

@@ -179,7 +179,7 @@ async fn on_the_emulator(
     tally
 }
 
-/// With less than this the run says nothing. A long run follows as many events as the plan for the log asks.
+/// With less than this the run says nothing. A long run has more to show.
 fn enough(engine: Engine, seconds: u64, is_long: bool, tally: &mut Tally) {
     let of = |short, long| if is_long { long } else { short };
     let (events, snapshots) = match engine {

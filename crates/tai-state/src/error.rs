@@ -396,7 +396,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_specification_s_classes() {
+    fn each_error_has_its_class() {
         let conflict = Error::VersionConflict {
             governor: "g".into(),
             state: "s".into(),

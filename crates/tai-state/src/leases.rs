@@ -42,9 +42,9 @@ impl Put {
 /// What a handle knows of locks.
 #[derive(Default)]
 pub(crate) struct Locks {
-    /// Who waits for a lock in this process stands in line.
+    /// Who waits for a lock through this store stands in line.
     pub(crate) lines: Arc<Lines>,
-    /// Grants of this process, by their lock tokens.
+    /// Grants through this store, by their lock tokens.
     grants: Mutex<HashMap<String, Weak<Grant>>>,
     /// Since when a lock whose clock cannot be compared has been seen unchanged.
     watched: Mutex<HashMap<Key, (Revision, Stopwatch)>>,

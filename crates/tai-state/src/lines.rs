@@ -1,4 +1,4 @@
-//! Writers of one state within a process stand in line instead of colliding, and what waits goes out
+//! Writers of one state within an opened store stand in line instead of colliding, and what waits goes out
 //! in one commit.
 //!
 //! Whoever has the turn plans on the end of the line: the newest head that somebody here has planned,

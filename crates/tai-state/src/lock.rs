@@ -167,7 +167,7 @@ impl LockRecord {
 
 impl TransactionManager {
     /// Acquires the lock of a resource for a client, with a lease of `duration` that is renewed in the
-    /// background; waits for it for `duration` at most. Who waits in one process stands in line;
+    /// background; waits for it for `duration` at most. Who waits through one opened store stands in line;
     /// between processes chance decides.
     ///
     /// # Errors

@@ -358,7 +358,7 @@ impl TransactionManager {
                 return Err(note.failed(failed));
             }
             if sleep == Sleep::Backoff {
-                // Within one process the line orders those who lost; over a network they would
+                // Within one opened store the line orders those who lost; over a network they would
                 // meet again.
                 let waits = races - u32::from(self.records.reads_are_cheap());
                 if waits > 0 {

@@ -1,8 +1,8 @@
 //! The one way a change is made: planned on the newest head that is known, committed, and planned again
 //! when somebody was faster.
 //!
-//! This file, `reader.rs` and `settle.rs` are the only callers of the port. Retries happen here and
-//! nowhere below.
+//! What is lost to somebody faster is tried again here and nowhere below. Who else may call the port:
+//! ARCHITECTURE.md, rule 2.
 
 use std::collections::BTreeMap;
 use std::fmt;

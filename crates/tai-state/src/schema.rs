@@ -36,7 +36,7 @@ pub(crate) struct Meta {
     pub(crate) format: u64,
     /// The store's identity, a UUID.
     pub(crate) store: String,
-    /// Rises with every restore or copy.
+    /// 1: nothing counts it up yet.
     pub(crate) incarnation: u64,
     pub(crate) created_at: String,
     /// Where the store is now, if it was moved.

@@ -1,5 +1,5 @@
-//! What the specification shows, as it is written there, on `FirestoreStore` and on `StateStore`. What is
-//! behind it is tested at length elsewhere; here it must compile for both, and do what it says.
+//! The usual ways to use the interface, as one would write them, on `FirestoreStore` and on `StateStore`. What
+//! is behind them is tested at length elsewhere; here they must compile for both, and do what they say.
 
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -17,8 +17,8 @@ use tai_state::{
 };
 
 /// The tests on one kind of store. Written once, they are compiled with each type: what is shown for a
-/// `FirestoreStore` must not need a `StateStore`, nor the other way round. Only what the specification
-/// leaves out is added: the bindings, and what is asserted.
+/// `FirestoreStore` must not need a `StateStore`, nor the other way round. Beside the calls there is
+/// only what they need: the bindings, and what is asserted.
 macro_rules! as_written {
     () => {
         use super::*;

@@ -59,7 +59,7 @@ const GET: &str = "BatchGetDocuments";
 const COMMIT: &str = "Commit";
 const QUERY: &str = "RunQuery";
 
-/// The table of round trips and billed documents of the design and of docs/firestore.md.
+/// The table of round trips and billed documents of docs/firestore.md.
 #[tokio::test(flavor = "multi_thread")]
 async fn round_trips_and_billed_documents() {
     let Some(wire) = Wire::new().await else { return };

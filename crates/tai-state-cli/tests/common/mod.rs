@@ -253,14 +253,17 @@ pub(crate) fn run(mut command: Command, input: &[u8]) -> Ran {
     }
 }
 
-/// The real log, or `None` with a line that says why.
+/// Where the real log is looked for if nothing names it: beside the repository.
+const BESIDE: &str = "../../../shared/data/incidents.jsonl.gz";
+
+/// The real log, which `TAI_REAL_LOG` names, or `None` with a line that says why.
 pub(crate) fn incidents() -> Option<PathBuf> {
-    let path =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/incidents.jsonl.gz");
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join(BESIDE);
+    let path = std::env::var_os("TAI_REAL_LOG").map_or(beside, PathBuf::from);
     if path.exists() {
         return Some(path);
     }
-    skipped(&format!("tests with the real log: {} is not there", path.display()));
+    skipped(&format!("tests with the real log (TAI_REAL_LOG): {} is not there", path.display()));
     None
 }
 

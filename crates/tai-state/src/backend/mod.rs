@@ -292,7 +292,7 @@ pub struct Limits {
 pub struct Identity {
     /// A UUID given at creation.
     pub store: String,
-    /// Rises with every restore or copy, so that no counter of this store is ever used twice.
+    /// One, in every store so far; a later build may count it up for a copy (docs/decisions/0018).
     pub incarnation: u64,
     /// The node that this store counts its changes under in vector clocks.
     pub node: String,
