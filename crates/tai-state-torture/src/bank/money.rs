@@ -217,18 +217,47 @@ pub(crate) fn opened(handles: &[StateStore], random: &mut Random) -> Open {
     Open { counts, tasks, last: handles[handles.len() - 1].clone() }
 }
 
-async fn moved(what: &str, seconds: u64, handles: Vec<StateStore>, mut random: Random) -> Tally {
+/// For so many seconds, and on a machine that is slow up to four times as long, until it has shown enough.
+async fn moved(
+    what: &str,
+    seconds: u64,
+    least: Least,
+    handles: Vec<StateStore>,
+    mut random: Random,
+) -> Tally {
     founded(handles.last().unwrap()).await;
     let open = opened(&handles, &mut random);
     tokio::time::sleep(Duration::from_secs(seconds)).await;
+    for _ in 0..30 * seconds {
+        if open.has_shown(&least) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     open.is_over();
     let mut tally = open.ended(what).await;
     let trimmed = tally.counted(&format!("{TRIMMED} on {what}"));
     tally.holds(trimmed == 0, || format!("{what}: history is gone, and nobody cleans up"));
+    tally.at_least(&format!("transfers on {what}"), least.transfers);
+    tally.at_least(&format!("audits on {what}"), least.audits);
+    tally.at_least(&format!("audits by snapshot and replay on {what}"), least.replays);
     tally
 }
 
+/// With less than this the run says nothing.
+struct Least {
+    transfers: u64,
+    audits: u64,
+    replays: u64,
+}
+
 impl Open {
+    fn has_shown(&self, least: &Least) -> bool {
+        let is = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let Counts { moved, audits, replays, .. } = &*self.counts;
+        is(moved) >= least.transfers && is(audits) >= least.audits && is(replays) >= least.replays
+    }
+
     pub(crate) fn is_over(&self) {
         self.counts.is_over.store(true, Ordering::Relaxed);
     }
@@ -291,12 +320,9 @@ pub(crate) async fn in_a_file(seconds: u64, seed: u64) -> Tally {
     for _ in 0..3 {
         handles.push(store.open().await);
     }
-    let mut tally = moved(WHAT, seconds, handles, Random::new(seed)).await;
     let least = 1_000 * seconds / 60;
-    tally.at_least(&format!("transfers on {WHAT}"), least);
-    tally.at_least(&format!("audits on {WHAT}"), least);
-    tally.at_least(&format!("audits by snapshot and replay on {WHAT}"), least / 20);
-    tally
+    let least = Least { transfers: least, audits: least, replays: least / 20 };
+    moved(WHAT, seconds, least, handles, Random::new(seed)).await
 }
 
 /// What comes of it when it is tried again for as long as that may help.
@@ -358,8 +384,6 @@ pub(crate) async fn through_faults(engine: Option<Engine>, seconds: u64, seed: u
     ] {
         rule("BatchGetDocuments", per_mille, fault);
     }
-    let mut tally = moved(WHAT, seconds, handles, random.clone()).await;
-    tally.at_least(&format!("transfers on {WHAT}"), seconds);
-    tally.at_least(&format!("audits on {WHAT}"), seconds);
-    tally
+    let least = Least { transfers: seconds, audits: seconds, replays: 1 };
+    moved(WHAT, seconds, least, handles, random.clone()).await
 }
