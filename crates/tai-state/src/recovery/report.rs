@@ -22,7 +22,8 @@ pub struct RecoveryReport {
     pub head: HeadCondition,
     /// Whether something was put right: the head, or saved snapshots.
     pub repaired: bool,
-    /// Saved snapshots that could not be used, the newest first.
+    /// Saved snapshots that could not be used, the newest first; then those that the head did not name, and that
+    /// were named or removed.
     pub passed_over: Vec<PassedOver>,
     /// Saved snapshots that were of the log, but said otherwise than the head since when history is kept.
     pub disputed: Vec<u64>,
@@ -61,7 +62,7 @@ pub enum HeadCondition {
     Missing,
 }
 
-/// A saved snapshot that could not be used.
+/// A saved snapshot that could not be used, or that the head did not name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct PassedOver {

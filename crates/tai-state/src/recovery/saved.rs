@@ -1,4 +1,4 @@
-//! Looks at the saved snapshots of a state whose head is sound, and says which are made anew, named or removed.
+//! Looks at the saved snapshots beside a head, and says which are made anew, named or removed.
 
 use super::{Fold, Found, RecoveryBase};
 use crate::error::{Error, Result};
@@ -64,7 +64,7 @@ impl Fold<'_> {
         Ok(())
     }
 
-    /// Names in the head what of it was saved of the log that is kept, and removes the rest, if nothing is lost by
+    /// Names in the head those of them that are of the log that is kept, and removes the rest, if nothing is lost by
     /// that. What is left alone is not told of either: it may have been saved since the head was read.
     pub(super) async fn name_or_drop(&mut self, repair: &mut Repair) -> Result<()> {
         for version in std::mem::take(&mut self.unnamed) {
