@@ -38,7 +38,8 @@ impl Default for PersistenceConfig {
 /// `max_attempts` bounds how often one commit is sent and how often a transaction loses against others (it
 /// may run more often: what its own process's line sends back does not count). A change that
 /// expects nothing (`save_state`) cannot conflict; when another writer was faster it is planned again
-/// until the `deadline`, whatever `max_attempts` says.
+/// until the `deadline`, whatever `max_attempts` says. So is `batch_get_states` where a cut must be confirmed
+/// (on Firestore's emulator).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RetryPolicy {
     /// How often at most, the first try included.

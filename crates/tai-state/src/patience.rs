@@ -79,11 +79,22 @@ impl<'a> Tries<'a> {
     /// Waits for the next try; `false` when there is none. Who was asked to wait waits the longest.
     pub(crate) async fn again(&mut self, was_asked_to_wait: bool) -> bool {
         self.failed += 1;
-        if self.failed >= self.policy.max_attempts || self.deadline.is_over() {
+        if self.failed >= self.policy.max_attempts {
             return false;
         }
         let most = if was_asked_to_wait { u32::MAX } else { self.failed };
-        tokio::time::sleep(self.policy.backoff(most).min(self.deadline.left())).await;
+        self.wait(most).await
+    }
+
+    /// Waits for the next try after others were faster, however often they were: each time one of them
+    /// got on. `false` when the deadline passed.
+    pub(crate) async fn after_race(&mut self) -> bool {
+        self.failed = self.failed.saturating_add(1);
+        self.wait(self.failed.min(self.policy.max_attempts)).await
+    }
+
+    async fn wait(&self, failed: u32) -> bool {
+        tokio::time::sleep(self.policy.backoff(failed).min(self.deadline.left())).await;
         !self.deadline.is_over()
     }
 }

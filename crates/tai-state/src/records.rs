@@ -126,9 +126,11 @@ impl Records {
                 .map(|(address, seen)| Guard { address: address.clone(), seen: seen.clone() })
                 .collect();
             match self.confirm(&guards, deadline).await {
-                Err(error @ Error::VersionConflict { .. }) => {
-                    if !tries.again(false).await {
-                        return Err(error);
+                // Nothing was expected, so nothing conflicts: somebody else got on meanwhile.
+                Err(Error::VersionConflict { .. }) => {
+                    if !tries.after_race().await {
+                        let operation = "reading several states at once".to_owned();
+                        return Err(Error::Timeout { operation, after: deadline.limit() });
                     }
                 }
                 Err(error) => return Err(error),
